@@ -1,0 +1,1 @@
+"""Measuring engines: latency, memory, energy, and honest comparisons."""

@@ -1,0 +1,49 @@
+"""Data: every kind becomes a :class:`Dataset` of decoded uint8 images in four disjoint splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from edgekd.data import callable as by_call
+from edgekd.data import digits, image_folder
+from edgekd.data.base import Dataset, Split
+from edgekd.data.callable import CallableConfig
+from edgekd.data.digits import DigitsConfig
+from edgekd.data.image_folder import ImageFolderConfig
+
+DataConfig = Annotated[DigitsConfig | ImageFolderConfig | CallableConfig, Field(discriminator="kind")]
+
+__all__ = ["DataConfig", "DigitsConfig", "ImageFolderConfig", "CallableConfig", "Dataset", "Split", "load", "preflight"]
+
+
+def load(config: DigitsConfig | ImageFolderConfig | CallableConfig, *, search: Sequence[Path]) -> Dataset:
+    """Read, decode and check a data set.
+
+    Args:
+        config: The recipe's ``data`` section.
+        search: Folders in which relative paths are looked up, in order.
+
+    Raises:
+        DataError: The data cannot be read or used; the message says what and where.
+    """
+    if isinstance(config, DigitsConfig):
+        return digits.load(config)
+    if isinstance(config, ImageFolderConfig):
+        return image_folder.load(config, search)
+    return by_call.load(config)
+
+
+def preflight(config: DigitsConfig | ImageFolderConfig | CallableConfig, *, search: Sequence[Path]) -> None:
+    """Cheap checks before any work: paths exist, splits differ, functions can be imported. Nothing is decoded.
+
+    Raises:
+        DataError: As :func:`load` would.
+    """
+    if isinstance(config, ImageFolderConfig):
+        image_folder.preflight(config, search)
+    elif isinstance(config, CallableConfig):
+        by_call.preflight(config)

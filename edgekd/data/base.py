@@ -1,0 +1,264 @@
+"""What every data set becomes: four disjoint splits of decoded uint8 images.
+
+train is trained on, val is watched during training, test is the evaluation split that reports quote, and calib sets the ranges of
+quantized activations. Splits are in *stratified order* where edgekd made the order: every stretch of consecutive images holds the
+classes in about their overall shares, so the first k images are a fair sample and cutting a split off the front needs no copy.
+
+Shape letters: N images of a split, H rows, W columns, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import DataError
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+CARVED_SHARE = 10
+"""A split that is carved out of train takes at most one image in so many."""
+MAX_CHANNELS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set."""
+
+    name: str
+    """train, val, test or calib."""
+    images: Images
+    """uint8 [N, H, W, C], read-only, possibly memory-mapped."""
+    labels: Labels
+    """int64 [N], indices into the data set's classes."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Decoded images, split four ways."""
+
+    train: Split
+    val: Split
+    test: Split
+    calib: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Per channel over train, in 0..1 units."""
+    std: tuple[float, ...]
+    """Per channel over train, in 0..1 units, larger than 0."""
+    fingerprint: str
+    """sha256 over image contents, labels, classes and which split each image is in."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know about this data, one sentence each."""
+
+    @property
+    def splits(self) -> tuple[Split, Split, Split, Split]:
+        """train, val, test, calib."""
+        return self.train, self.val, self.test, self.calib
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels distinguish."""
+        return len(self.classes)
+
+    @property
+    def height(self) -> int:
+        """Rows of every image."""
+        return int(self.train.images.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Columns of every image."""
+        return int(self.train.images.shape[2])
+
+    @property
+    def channels(self) -> int:
+        """Channels of every image."""
+        return int(self.train.images.shape[3])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Images, their labels and the sha256 of each image, before they are a split."""
+
+    images: Images
+    labels: Labels
+    digests: Images
+    """uint8 [N, 32]."""
+    given: bool = True
+    """The user made this a split of its own; otherwise it was carved out of train."""
+
+    def cut(self, start: int, stop: int, *, given: bool) -> Part:
+        """A stretch of it, without copying."""
+        return Part(self.images[start:stop], self.labels[start:stop], self.digests[start:stop], given)
+
+
+def stratified_order(labels: Labels, keys: Sequence[str]) -> npt.NDArray[np.int64]:
+    """An order in which every stretch holds the classes in about their overall shares.
+
+    It depends on labels and keys alone: no seed of a recipe and no version of a random generator changes it.
+
+    Args:
+        labels: int64 [N].
+        keys: A unique name per image, whose hash decides the order within a class.
+
+    Returns:
+        int64 [N], indices into ``labels``.
+    """
+    hashes = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys]
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels.tolist()):
+        members.setdefault(label, []).append(index)
+    ranked: list[tuple[float, bytes, int]] = []
+    for indices in members.values():
+        indices.sort(key=hashes.__getitem__)
+        ranked.extend(((place + 0.5) / len(indices), hashes[index], index) for place, index in enumerate(indices))
+    return np.array([index for _, _, index in sorted(ranked)], dtype=np.int64)
+
+
+def image_digests(images: Images) -> Images:
+    """The sha256 of every image's bytes, uint8 [N, 32]."""
+    joined = b"".join(hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(len(images), 32)
+
+
+def carve(train: Part, wanted: Mapping[str, int]) -> tuple[dict[str, Part], list[str]]:
+    """Cut splits off the front of ``train``, which is in stratified order.
+
+    Args:
+        train: What there is.
+        wanted: Split name -> how many images at most; a tenth of ``train`` is never exceeded.
+
+    Returns:
+        The carved splits and what is left as ``train``, and a warning for every split that got fewer than wanted.
+    """
+    total, start = len(train.labels), 0
+    parts: dict[str, Part] = {}
+    warnings = []
+    for name, count in wanted.items():
+        size = min(count, max(1, total // CARVED_SHARE))
+        if size < count:
+            warnings.append(f"{name} has {size} images instead of {count}: at most a tenth of the {total} training images")
+        parts[name] = train.cut(start, start + size, given=False)
+        start += size
+    parts["train"] = train.cut(start, total, given=train.given)
+    return parts, warnings
+
+
+def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequence[str] = ()) -> Dataset:
+    """Check four parts against each other and make them a data set.
+
+    Args:
+        parts: train, val, test, calib.
+        classes: Names in the order of their indices.
+        warnings: What was noticed before.
+
+    Raises:
+        DataError: A split is empty, images differ in size, a label is out of range, there are fewer than 2 classes, a class has
+            no training image, or a split that the user gave holds nothing but images of test.
+    """
+    if len(classes) < 2:
+        raise DataError(f"there are {len(classes)} classes ({', '.join(classes)}); at least 2 are needed")
+    shape = parts["train"].images.shape[1:]
+    for name, part in parts.items():
+        _check_part(name, part, shape, classes)
+    counts = np.bincount(parts["train"].labels, minlength=len(classes))
+    if (counts == 0).any():
+        absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+        some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise DataError(
+            f"no training image of {len(absent)} of {len(classes)} classes: {some}",
+            hint="add images, carve less out of train, or drop these classes",
+        )
+    mean, std = _statistics(parts["train"].images)
+    for part in parts.values():
+        part.labels.flags.writeable = False
+    return Dataset(
+        **{name: Split(name, _read_only(parts[name].images), parts[name].labels) for name in ("train", "val", "test", "calib")},
+        classes=tuple(classes),
+        mean=mean,
+        std=std,
+        fingerprint=_fingerprint(parts, classes),
+        warnings=(*warnings, *_repeated(parts)),
+    )
+
+
+def _check_part(name: str, part: Part, shape: tuple[int, ...], classes: Sequence[str]) -> None:
+    if len(part.labels) == 0:
+        raise DataError(f"the split {name} has no images")
+    if part.images.shape[1:] != shape:
+        raise DataError(f"images of {name} are {_size(part.images.shape[1:])}, those of train {_size(shape)}")
+    low, high = int(part.labels.min()), int(part.labels.max())
+    if low < 0 or high >= len(classes):
+        raise DataError(
+            f"labels of {name} range from {low} to {high}; with {len(classes)} classes 0 to {len(classes) - 1} are allowed"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} x {shape[1]} with {shape[2]} channels"
+
+
+def _read_only(images: Images) -> Images:
+    view = images[:]
+    view.flags.writeable = False
+    return view
+
+
+def _statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel in 0..1 units, from exact integer sums."""
+    sums, squares = (np.zeros(images.shape[1:], dtype=np.uint64) for _ in range(2))
+    # blocks of about 16 MiB: a memory-mapped split need not fit into memory
+    block = max(1, (16 << 20) // max(1, int(np.prod(images.shape[1:]))))
+    for start in range(0, len(images), block):
+        values = images[start : start + block].astype(np.uint16)
+        sums += values.sum(axis=0, dtype=np.uint64)
+        squares += np.square(values, out=values).sum(axis=0, dtype=np.uint64)  # 255 squared fits in uint16
+    count = images.shape[0] * images.shape[1] * images.shape[2]
+    mean, std = [], []
+    for channel in range(images.shape[3]):
+        total, square = int(sums[..., channel].sum()), int(squares[..., channel].sum())
+        variance = (square * count - total * total) / (count * count)  # Python integers: no cancellation
+        mean.append(total / count / 255)
+        std.append(variance**0.5 / 255 or 1.0)  # a constant channel carries nothing, but may not divide by zero
+    return tuple(mean), tuple(std)
+
+
+def _fingerprint(parts: Mapping[str, Part], classes: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps([list(classes), list(parts["train"].images.shape[1:])]).encode())
+    for name in ("train", "val", "test", "calib"):
+        digest.update(f"{name} {len(parts[name].labels)}".encode())
+        digest.update(np.ascontiguousarray(parts[name].digests).data)
+        digest.update(parts[name].labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _repeated(parts: Mapping[str, Part]) -> list[str]:
+    """Warnings about images of test that occur in other splits too: users' data has duplicates, so single ones are no error.
+
+    Raises:
+        DataError: A split that the user gave holds nothing but images of test: a copy of the evaluation split, or of a part.
+    """
+    contents = {name: [row.tobytes() for row in part.digests] for name, part in parts.items()}
+    test, warnings = set(contents["test"]), []
+    for name in ("train", "val", "calib"):
+        others = set(contents[name])
+        if parts[name].given and others <= test:
+            raise DataError(
+                f"every image of {name} is also in test: {name} may not be the evaluation split, nor a part of it",
+                hint=f"give {name} images of its own"
+                + ("" if name == "train" else ", or leave it out: it is then carved out of train"),
+            )
+        count = sum(content in others for content in contents["test"])
+        if count:
+            warnings.append(f"{count} of {len(contents['test'])} images of test are in {name} too, byte for byte")
+    return warnings

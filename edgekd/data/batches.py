@@ -1,0 +1,106 @@
+"""From a split to normalised batches, the same for one process and for many.
+
+Shape letters: B images of a batch, H rows, W columns, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgekd.data.augment import AugmentConfig, draw, transform
+from edgekd.data.base import Split
+from edgekd.errors import RecipeError
+
+
+def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x / 255 - mean) / std per channel.
+
+    Args:
+        images_BHWC: uint8 [B, H, W, C].
+        mean: C values in 0..1 units.
+        std: C values in 0..1 units.
+
+    Returns:
+        float32 [B, C, H, W] in channels_last memory format: the bytes keep their order, and convolutions are faster.
+    """
+    images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+    shape = (1, -1, 1, 1)
+    return images_BCHW.div_(255).sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+
+
+def epoch_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    generator: torch.Generator,
+    augment: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    drop_last: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order, augmented.
+
+    Every process draws the same order and the same augmentation for the whole batch and keeps its share of it, so that the shares
+    of all processes together are exactly the batches of a single one. All processes get equally many batches.
+
+    Args:
+        split: What to draw from.
+        batch_size: Images per batch over all processes.
+        generator: The only source of randomness; in the same state in every process.
+        augment: Random changes.
+        mean: Per channel, 0..1 units.
+        std: Per channel, 0..1 units.
+        drop_last: Leave out a last batch that is not full.
+        rank: This process.
+        world_size: How many processes there are.
+
+    Yields:
+        Images, float32 [B / world_size, C, H, W] in channels_last format, and labels, int64 [B / world_size].
+
+    Raises:
+        RecipeError: The batch cannot be shared out evenly, so averaged gradients would weigh images unequally.
+    """
+    if batch_size % world_size:
+        raise RecipeError(
+            f"batch_size {batch_size} cannot be shared evenly by {world_size} processes",
+            hint=f"use a multiple, for instance {batch_size - batch_size % world_size or world_size}",
+        )
+    order = torch.randperm(len(split), generator=generator).numpy()
+    height, width = split.images.shape[1:3]
+    for start in range(0, len(order) - batch_size + 1 if drop_last else len(order), batch_size):
+        batch = order[start : start + batch_size]
+        choice = draw(len(batch), height, width, augment, generator)
+        low, high = _share(len(batch), rank, world_size)
+        images = torch.from_numpy(split.images[batch[low:high]])
+        labels = torch.from_numpy(split.labels[batch[low:high]])
+        yield normalise(transform(images, augment, choice.part(low, high)), mean, std), labels
+
+
+def eval_batches(
+    split: Split, batch_size: int, *, mean: Sequence[float], std: Sequence[float], rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A whole split in its own order; every process gets its share of each batch, and no empty one.
+
+    Yields:
+        Images, float32 [B, C, H, W] in channels_last format, and labels, int64 [B].
+    """
+    for start in range(0, len(split), batch_size):
+        low, high = _share(min(batch_size, len(split) - start), rank, world_size)
+        if low < high:
+            here = slice(start + low, start + high)
+            # copies: torch warns of arrays that it may not write to
+            yield (
+                normalise(torch.from_numpy(np.array(split.images[here])), mean, std),
+                torch.from_numpy(np.array(split.labels[here])),
+            )
+
+
+def _share(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The stretch of ``count`` images that belongs to one process."""
+    return count * rank // world_size, count * (rank + 1) // world_size

@@ -1,0 +1,339 @@
+"""The deploy matrix of a run: ONNX, engines, measurements, comparisons, budget.
+
+Every cell (backend, precision, whose model) ends as measured, built, skipped or failed, with a reason where it is not measured: one
+backend's refusal does not cost the others their results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd import __version__
+from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
+from edgekd.data.base import Dataset
+from edgekd.display import Display
+from edgekd.engines import backend as find_backend
+from edgekd.engines import options_dict
+from edgekd.errors import EdgekdError
+from edgekd.export import stage as export_stage
+from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
+from edgekd.recipe import DeployConfig, Recipe
+from edgekd.tasks.base import Task
+from edgekd.targets.local import Local
+
+EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxslim")
+BENCH_IMAGES = 64
+
+
+class Deployment:
+    """Fills ``record["cells"]``, ``record["comparisons"]`` and ``record["budget"]``."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        dataset: Dataset,
+        task: Task,
+        record: dict[str, Any],
+        display: Display,
+        save: Callable[[], None],
+        order: int,
+    ) -> None:
+        self.recipe, self.store, self.dataset, self.task = recipe, store, dataset, task
+        self.record, self.display, self.save, self.order = record, display, save, order
+        self.target = Local()
+        # What a measurement depends on: on another machine, or with another GPU, it is made again.
+        self.host = {"cpu": record["environment"]["cpu"], "gpus": [gpu["name"] for gpu in record["environment"]["gpus"]]}
+        self.exported: dict[tuple[str, str], Artifact | EdgekdError] = {}
+
+    def run(self, checkpoints: dict[str, list[Checkpoint]]) -> None:
+        """Build and measure every cell of the recipe's deploy section."""
+        if not self.recipe.deploy:
+            return
+        test = self.dataset.test
+        images = {"bench": test.images[:BENCH_IMAGES], "predict": test.images}
+        inputs = {name: self._inputs(name, array) for name, array in images.items()}
+        for entry in self.recipe.deploy:
+            group: list[int] = []
+            for role in entry.models:
+                for precision in entry.precision:
+                    checkpoint = _source(checkpoints[role], precision)
+                    if checkpoint is None:
+                        continue  # int8 is the student's alone
+                    cell = self._cell(entry, role, precision, checkpoint, inputs)
+                    self.record["cells"].append(cell)
+                    self.save()
+                    self.display.cell(cell, self.store.root)
+                    if cell["status"] == "measured":
+                        group.append(len(self.record["cells"]) - 1)
+            if len(group) > 1:
+                self._compare(entry, group, inputs["bench"])
+        self.record["budget"] = check_budget(self.recipe, self.record, self.store.root)
+        self.save()
+
+    def _inputs(self, name: str, images: np.ndarray[Any, Any]) -> Path:
+        folder = self.store.root / "inputs"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}-{self.dataset.fingerprint[:12]}.npy"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as stream:
+                np.save(stream, np.ascontiguousarray(images), allow_pickle=False)
+            partial.replace(path)
+        return path
+
+    def _cell(self, entry: DeployConfig, role: str, precision: str, checkpoint: Checkpoint, inputs: dict[str, Path]) -> dict[str, Any]:
+        options = options_dict(entry.backend)
+        cell: dict[str, Any] = {
+            "backend": options,
+            "backend_name": entry.backend.name,
+            "precision": precision,
+            "target": entry.target,
+            "role": role,
+            "stage": checkpoint.stage,
+            "batch": entry.batch,
+            "status": "failed",
+            "reason": None,
+            "onnx": None,
+            "engine": None,
+            "bench": None,
+        }
+        self.record["doing"] = f"{entry.backend.name} {precision} {role}"
+        try:
+            onnx = self._onnx(checkpoint, entry, precision)
+            cell["onnx"] = onnx.folder.name
+            engine = self._engine(onnx, entry, precision, role)
+            if isinstance(engine, JobResult):
+                return _unfinished(cell, engine)
+            cell["engine"] = engine.folder.name
+            bench = self._bench(engine, entry, role, inputs)
+            if isinstance(bench, JobResult):
+                cell = _unfinished(cell, bench)
+                cell["status"] = "built" if bench.status == "skipped" else cell["status"]
+                return cell
+            cell["bench"] = bench.folder.name
+            cell["status"] = "measured"
+        except EdgekdError as error:
+            cell["reason"] = error.message + (f" ({error.hint})" if error.hint else "")
+        return cell
+
+    def _onnx(self, checkpoint: Checkpoint, entry: DeployConfig, precision: str) -> Artifact:
+        encoding = entry.backend.encoding if precision == "int8" else precision
+        key = (checkpoint.id, encoding)
+        if key not in self.exported:
+            try:
+                self.exported[key] = self._export(checkpoint, encoding)
+            except EdgekdError as error:
+                self.exported[key] = error  # every cell that needs this file fails for the same reason
+        found = self.exported[key]
+        if isinstance(found, EdgekdError):
+            raise found
+        return found
+
+    def _export(self, checkpoint: Checkpoint, encoding: str) -> Artifact:
+        versions = {library: version(library) for library in (*EXPORT_LIBRARIES, "onnxruntime")}
+        config = {"encoding": encoding, **self.recipe.export.model_dump(mode="json")}
+        inputs = {"kind": "onnx", "checkpoint": checkpoint.id, "config": config, "data": self.dataset.fingerprint}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            self.display.say(f"exporting {checkpoint.stage} ({checkpoint.role}) as ONNX, {encoding}")
+            return export_stage.run(self.recipe.export, checkpoint, encoding, self.dataset, self.task, folder)
+
+        return self._artifact("onnx", "export", checkpoint.role, inputs, (checkpoint.id,), config, versions, fill)
+
+    def _engine(self, onnx: Artifact, entry: DeployConfig, precision: str, role: str) -> Artifact | JobResult:
+        options = options_dict(entry.backend)
+        fingerprint = find_backend(entry.backend.name).fingerprint(entry.backend)
+        config = {"backend": options, "precision": precision, "target": entry.target}
+        inputs = {"kind": "engine", "onnx": onnx.id, "config": config, "fingerprint": fingerprint}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            self.display.say(f"building {entry.backend.name} {precision} ({role})")
+            start = time.monotonic()
+            result = self._job(BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=precision, out=str(folder)))
+            size = sum(path.stat().st_size for path in folder.iterdir() if path.name in result.payload["files"])
+            return {"size_bytes": size, "build_s": round(time.monotonic() - start, 3), "fingerprint": fingerprint}
+
+        return self._or_result("engine", "engine", role, inputs, (onnx.id,), config, fingerprint, fill)
+
+    def _bench(self, engine: Artifact, entry: DeployConfig, role: str, images: dict[str, Path]) -> Artifact | JobResult:
+        measure = self.recipe.measure
+        config = {"batch": entry.batch, "warmup_s": measure.warmup_s, "duration_s": measure.duration_s}
+        inputs = {"kind": "bench", "engine": engine.id, "config": config, "host": self.host, "data": self.dataset.fingerprint}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            self.display.say(f"measuring {engine.config['backend']['name']} {engine.config['precision']} ({role})")
+            folder_name = str(engine.folder)
+            bench = self._job(BenchJob(engine=folder_name, inputs=str(images["bench"]), **config)).payload
+            outputs = self.store.root / "work" / "job" / "outputs.npz"
+            self._job(PredictJob(engine=folder_name, inputs=str(images["predict"]), out=str(outputs), batch=min(32, len(self.dataset.test.labels))))
+            with np.load(outputs, allow_pickle=False) as arrays:
+                value = self.task.evaluate(dict(arrays), self.dataset.test.labels)
+            outputs.unlink()
+            metric = {"name": self.task.metric_name, "value": value, "images": len(self.dataset.test.labels)}
+            write_json(folder / "record.json", {**bench, "metric": metric})
+            return {"metric": metric, "latency_ms": bench["latency_ms"], "valid": bench["valid"]}
+
+        return self._or_result("bench", "bench", role, inputs, (engine.id,), config, self.host, fill)
+
+    def _compare(self, entry: DeployConfig, group: list[int], images: Path) -> None:
+        """Measure the cells of one deploy entry interleaved; the float32 student is the reference where there is one."""
+        cells = self.record["cells"]
+        group = sorted(group, key=lambda index: (cells[index]["role"] != "student", cells[index]["precision"] != "float32"))
+        engines = [self.store.root / cells[index]["engine"] for index in group]
+        config = {"batch": entry.batch, "warmup_s": self.recipe.measure.warmup_s, "duration_s": self.recipe.measure.compare_s}
+        ids = [folder.name.rsplit("-", 1)[-1] for folder in engines]
+        inputs = {"kind": "compare", "engines": ids, "config": config, "host": self.host, "data": self.dataset.fingerprint}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            self.display.say(f"comparing {len(engines)} engines of {entry.backend.name}, interleaved")
+            result = self._job(CompareJob(engines=[str(engine) for engine in engines], inputs=str(images), **config))
+            write_json(folder / "record.json", result.payload)
+            return {"ratios": result.payload["ratios"], "valid": result.payload["valid"]}
+
+        try:
+            found = self._or_result("bench", "compare", "student", inputs, tuple(ids), config, self.host, fill)
+        except EdgekdError as error:
+            self.record["warnings"].append(f"the comparison of {entry.backend.name}'s engines failed: {error.message}")
+            return
+        if isinstance(found, JobResult):
+            self.record["warnings"].append(f"the engines of {entry.backend.name} were not compared: {found.reason}")
+            return
+        self.record["comparisons"].append(
+            {"folder": found.folder.name, "backend_name": entry.backend.name, "target": entry.target, "cells": group}
+        )
+
+    def _or_result(self, *arguments: Any) -> Artifact | JobResult:
+        """An artifact, or the result of the job that said why there is none."""
+        try:
+            return self._artifact(*arguments)
+        except _NotDoneError as error:
+            return error.result
+
+    def _artifact(
+        self,
+        kind: str,
+        stage: str,
+        role: str,
+        inputs: dict[str, Any],
+        parents: tuple[str, ...],
+        config: dict[str, Any],
+        environment: dict[str, Any],
+        fill: Callable[[Path], dict[str, Any]],
+    ) -> Artifact:
+        """Find an artifact, or make it with ``fill``, which writes its files and returns its metrics."""
+        self.order += 1
+        id = content_id({**inputs, "versions": environment, "edgekd": __version__})
+        start = time.monotonic()
+        found = self.store.find(id)
+        status = "reused"
+        if found is None:
+            status = "done"
+            with self.store.draft(
+                id=id,
+                order=self.order,
+                kind=kind,
+                stage=stage,
+                role=role,
+                parents=parents,
+                config=config,
+                environment={"edgekd": __version__, **environment},
+            ) as draft:
+                draft.metrics = fill(draft.folder)
+            found = self.store.peek(id)
+            assert found is not None
+        self.record["steps"].append(
+            {
+                "folder": found.folder.name,
+                "kind": kind,
+                "stage": stage,
+                "role": role,
+                "status": status,
+                "reason": "",
+                "seconds": round(time.monotonic() - start, 2),
+            }
+        )
+        return found
+
+    def _job(self, job: BuildJob | BenchJob | CompareJob | PredictJob) -> JobResult:
+        work = self.store.root / "work" / "job"
+        work.mkdir(parents=True, exist_ok=True)
+        result = self.target.run(job, work)
+        if result.status != "ok":
+            raise _NotDoneError(result)
+        return result
+
+
+class _NotDoneError(Exception):
+    """A job was skipped or failed; leaves the draft's ``with`` block, so that no artifact is written."""
+
+    def __init__(self, result: JobResult) -> None:
+        super().__init__(result.error or result.reason)
+        self.result = result
+
+
+def _source(checkpoints: list[Checkpoint], precision: str) -> Checkpoint | None:
+    """The checkpoint that an engine of this precision is made from: the quantized one, or the last float one before it."""
+    quantized = [checkpoint for checkpoint in checkpoints if checkpoint.stage == "quantize"]
+    if precision == "int8":
+        return quantized[-1] if quantized else None
+    floats = [checkpoint for checkpoint in checkpoints if checkpoint.stage != "quantize"]
+    return floats[-1] if floats else None
+
+
+def _unfinished(cell: dict[str, Any], result: JobResult) -> dict[str, Any]:
+    cell["status"] = result.status
+    cell["reason"] = result.reason or result.error + (f" ({result.hint})" if result.hint else "")
+    return cell
+
+
+def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str, Any] | None:
+    """Hold every measured engine of the student against the budget; the one that misses least is shown.
+
+    Returns:
+        {"limits", "checks", "ok"}, or None where the recipe has no budget.
+    """
+    if recipe.budget is None:
+        return None
+    limits = {name: value for name, value in recipe.budget.model_dump().items() if value is not None}
+    teacher = next((model for model in record["models"] if model["role"] == "teacher"), None)
+    teacher_value = _metric(root / teacher["folder"]) if teacher is not None else None
+    candidates = []
+    for index, cell in enumerate(record["cells"]):
+        if cell["role"] == "student" and cell["status"] == "measured":
+            measured = _measured(root / cell["bench"], teacher_value)
+            checks = [
+                {"limit": name, "allowed": allowed, "measured": measured[name], "ok": measured[name] <= allowed, "cell": index}
+                for name, allowed in limits.items()
+            ]
+            misses = sum(not check["ok"] for check in checks)
+            candidates.append((misses, measured["latency_ms"], checks))
+    if not candidates:
+        return {"limits": limits, "checks": [], "ok": False}
+    misses, _, checks = min(candidates, key=lambda candidate: candidate[:2])
+    return {"limits": limits, "checks": checks, "ok": misses == 0}
+
+
+def _measured(bench: Path, teacher_value: float | None) -> dict[str, float]:
+    import json
+
+    record = json.loads((bench / "record.json").read_text())
+    drop = 100 * (teacher_value - record["metric"]["value"]) if teacher_value is not None else 0.0
+    return {
+        "latency_ms": record["latency_ms"]["p50"],
+        "size_mib": record["size_bytes"] / 2**20,
+        "memory_mib": record["peak_memory_mib"],
+        "accuracy_drop": drop,
+    }
+
+
+def _metric(folder: Path) -> float:
+    from edgekd.artifacts import read_artifact
+
+    return float(read_artifact(folder).metrics["metric"]["value"])

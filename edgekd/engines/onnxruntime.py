@@ -1,0 +1,155 @@
+"""ONNX Runtime on the CPU.
+
+An engine is the *optimized* graph: build lets ONNX Runtime fuse and lay out the model for this CPU and saves the result; open
+loads it with optimizations off. It gives the same outputs bit for bit at the same speed, and leaves a file in which one can read
+what runs (QLinearConv or Conv). It is bound to the CPU's instruction set, which the engine's fingerprint records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal
+
+from edgekd._optional import require
+from edgekd.engines import hardware
+from edgekd.engines.base import (
+    DYNAMIC,
+    Array,
+    Availability,
+    TensorSpec,
+    check_choice,
+    check_feeds,
+    check_int,
+    native_log,
+    precision_refusal,
+)
+from edgekd.errors import BuildError, MissingDependency
+
+FILE = "model.onnx"
+_LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+_DTYPES = {"float": "float32", "double": "float64"}
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOptions:
+    """Options of the onnxruntime backend."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
+
+    name: Literal["onnxruntime"] = "onnxruntime"
+    threads: int = 1
+    """Threads that share one inference, 1 to 1024."""
+    provider: Literal["cpu"] = "cpu"
+    """Execution provider."""
+    optimization: Literal["all", "extended", "basic", "none"] = "all"
+    """How far the graph is rewritten while building; ``all`` includes layouts for this CPU."""
+
+    def __post_init__(self) -> None:
+        check_int("threads", self.threads, 1, 1024)
+        check_choice("provider", self.provider, ("cpu",))
+        check_choice("optimization", self.optimization, tuple(_LEVELS))
+
+    def unsupported(self, precision: str) -> str | None:
+        """Why a graph of this precision cannot be built, or None."""
+        return precision_refusal("onnxruntime on the CPU", self.precisions, precision)
+
+
+class OnnxRuntimeSession:
+    """An optimized graph, loaded."""
+
+    def __init__(self, runtime: Any, inner: Any) -> None:
+        self._errors = _errors(runtime)
+        self._inner = inner
+        self.inputs = tuple(_spec(item) for item in inner.get_inputs())
+        self.outputs = tuple(_spec(item) for item in inner.get_outputs())
+        self._names = [spec.name for spec in self.outputs]
+
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; see ``Session.infer``."""
+        check_feeds(self.inputs, feeds)
+        try:
+            return dict(zip(self._names, self._inner.run(self._names, feeds), strict=True))
+        except self._errors as error:
+            raise BuildError(f"onnxruntime failed while running: {_line(error)}") from error
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._inner = None
+
+
+class OnnxRuntime:
+    """The onnxruntime backend."""
+
+    name = "onnxruntime"
+
+    def available(self) -> Availability:
+        """Whether onnxruntime can be imported."""
+        try:
+            runtime = require("onnxruntime")
+        except MissingDependency as error:
+            return Availability(False, reason=error.message, hint=error.hint)
+        return Availability(True, version=runtime.__version__, debug="build type=Debug" in runtime.get_build_info())
+
+    def fingerprint(self, _options: OnnxRuntimeOptions) -> dict[str, Any]:
+        """Library version, CPU architecture and flags."""
+        cpu = hardware.cpu()
+        version = require("onnxruntime").__version__
+        return {"library": "onnxruntime", "version": version, "arch": cpu["arch"], "cpu_flags": cpu["flags"], "cpu": cpu["model"]}
+
+    def build(self, model: Path, options: OnnxRuntimeOptions, out: Path) -> list[str]:
+        """Optimize the graph for this CPU and save it."""
+        runtime = require("onnxruntime")
+        settings = _settings(runtime, options, options.optimization)
+        settings.optimized_model_filepath = str(out / FILE)
+        settings.log_severity_level = 2
+        with native_log(out / "build.log"):
+            _session(runtime, model, settings)
+        return [FILE]
+
+    def open(self, folder: Path, options: OnnxRuntimeOptions) -> OnnxRuntimeSession:
+        """Load the optimized graph as it is."""
+        runtime = require("onnxruntime")
+        return OnnxRuntimeSession(runtime, _session(runtime, folder / FILE, _settings(runtime, options, "none")))
+
+
+def _settings(runtime: Any, options: OnnxRuntimeOptions, optimization: str) -> Any:
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _LEVELS[optimization])
+    settings.log_severity_level = 3
+    # Worker threads may spin inside a run, but not after it: they would take the cores of the engine that is measured next.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    return settings
+
+
+def _session(runtime: Any, model: Path, settings: Any) -> Any:
+    try:
+        return runtime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+    except _errors(runtime) as error:
+        raise BuildError(
+            f"onnxruntime cannot load {model}: {_line(error)}", hint="check that the file is a whole ONNX model; export it again"
+        ) from error
+
+
+def _errors(runtime: Any) -> tuple[type[Exception], ...]:
+    state = runtime.capi.onnxruntime_pybind11_state
+    names = ("Fail", "EPFail", "EngineError", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile")
+    return (*(getattr(state, name) for name in (*names, "NotImplemented", "RuntimeException")), RuntimeError)
+
+
+def _spec(item: Any) -> TensorSpec:
+    dtype = item.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else DYNAMIC for size in item.shape)
+    return TensorSpec(item.name, _DTYPES.get(dtype, dtype), shape)
+
+
+def _line(error: Exception) -> str:
+    """The library's message without its status number, on one line."""
+    return " ".join(str(error).removeprefix("[ONNXRuntimeError] : ").split())

@@ -1,0 +1,115 @@
+"""Models by name: edgekd's own table, timm and torchvision (zoo.py), and the user's functions (user.py).
+
+A family's file declares its *taps*: role -> module path, so that recipes and methods ask for ``stage3`` and not for module names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from edgekd.errors import RecipeError, nearest
+from edgekd.models import mobilenet_v2, resnet_cifar, shufflenet_v2, user, vgg, wide_resnet, zoo
+from edgekd.models.config import CALLABLE, ModelConfig
+from edgekd.models.weights import load_weights
+from edgekd.nn.taps import check_paths
+
+__all__ = ["MODELS", "Entry", "ModelConfig", "build", "fixed_channels", "load_weights", "names", "taps"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the table: its builder, and the taps of its family."""
+
+    build: Callable[..., nn.Module]
+    taps: dict[str, str]
+
+
+MODELS: dict[str, Entry] = {
+    "resnet8": Entry(resnet_cifar.resnet8, resnet_cifar.TAPS),
+    "resnet14": Entry(resnet_cifar.resnet14, resnet_cifar.TAPS),
+    "resnet20": Entry(resnet_cifar.resnet20, resnet_cifar.TAPS),
+    "resnet32": Entry(resnet_cifar.resnet32, resnet_cifar.TAPS),
+    "resnet56": Entry(resnet_cifar.resnet56, resnet_cifar.TAPS),
+    "resnet8x4": Entry(resnet_cifar.resnet8x4, resnet_cifar.TAPS),
+    "resnet32x4": Entry(resnet_cifar.resnet32x4, resnet_cifar.TAPS),
+    "wrn_16_1": Entry(wide_resnet.wrn_16_1, wide_resnet.TAPS),
+    "wrn_16_2": Entry(wide_resnet.wrn_16_2, wide_resnet.TAPS),
+    "wrn_40_1": Entry(wide_resnet.wrn_40_1, wide_resnet.TAPS),
+    "wrn_40_2": Entry(wide_resnet.wrn_40_2, wide_resnet.TAPS),
+    "vgg8": Entry(vgg.vgg8, vgg.TAPS),
+    "vgg13": Entry(vgg.vgg13, vgg.TAPS),
+    "mobilenetv2": Entry(mobilenet_v2.mobilenetv2, mobilenet_v2.TAPS),
+    "shufflenetv2": Entry(shufflenet_v2.shufflenetv2, shufflenet_v2.TAPS),
+}
+
+
+def names() -> list[str]:
+    """The names of edgekd's own models, in the order of the table."""
+    return list(MODELS)
+
+
+def build(config: ModelConfig, *, num_classes: int, in_channels: int) -> nn.Module:
+    """Construct the model with random weights; ``config.weights`` is the caller's to load.
+
+    Args:
+        config: Which model.
+        num_classes: Length of the logits.
+        in_channels: Channels of the images.
+
+    Raises:
+        RecipeError: The arguments do not fit the constructor, the zoo has no such model, or the user's function failed.
+        MissingDependency: The zoo's package is not installed.
+    """
+    if config.name == CALLABLE:
+        assert config.call is not None  # ModelConfig's validator: callable comes with call
+        return user.build(config.call, dict(config.arguments), num_classes=num_classes, in_channels=in_channels)
+    if config.name not in MODELS:
+        return zoo.build(config.name, dict(config.arguments), num_classes=num_classes, in_channels=in_channels)
+    builder = MODELS[config.name].build
+    accepted = [name for name in inspect.signature(builder).parameters if name not in ("num_classes", "in_channels")]
+    _check_arguments(config, accepted)
+    arguments: dict[str, Any] = dict(config.arguments)
+    try:
+        return builder(num_classes=num_classes, in_channels=in_channels, **arguments)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(
+            f"model {config.name!r} cannot be built with arguments {arguments}: {error}",
+            hint=f"its arguments are: {', '.join(accepted) or 'none'}",
+        ) from error
+
+
+def _check_arguments(config: ModelConfig, accepted: list[str]) -> None:
+    for name in config.arguments:
+        if name in ("num_classes", "in_channels"):
+            raise RecipeError(f"model {config.name!r}: {name} follows from the data", hint=f"remove {name} from arguments")
+        if name not in accepted:
+            raise RecipeError(
+                f"model {config.name!r} has no argument {name!r}{nearest(name, accepted)}",
+                hint=f"its arguments are: {', '.join(accepted) or 'none'}",
+            )
+
+
+def taps(config: ModelConfig, model: nn.Module) -> dict[str, str]:
+    """The model's taps, role -> module path: those of its family or zoo, then those of ``config.taps``, which win.
+
+    Raises:
+        RecipeError: A path does not exist in the model.
+    """
+    found: dict[str, str] = {}
+    if config.name in MODELS:
+        found = dict(MODELS[config.name].taps)
+    elif config.name != CALLABLE:
+        found = zoo.taps(config.name, model)
+    found.update(config.taps)
+    check_paths(model, found)
+    return found
+
+
+def fixed_channels(model: nn.Module) -> list[nn.Module]:
+    """The layers whose output channels pruning must leave alone, because the model tells channels apart by position."""
+    return shufflenet_v2.fixed_channels(model)

@@ -1,0 +1,107 @@
+"""Intermediate tensors of a model, by role.
+
+A tap is a role (``stage3``) and a place in the model. The place is a module path (``layers.2``), meaning that module's output, or
+a module path with ``@input`` (``fc@input``), meaning its first positional argument: pooled features often exist only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgekd.errors import RecipeError, nearest
+
+INPUT = "@input"
+
+
+def resolve(roles: Iterable[str], available: Mapping[str, str]) -> dict[str, str]:
+    """Pick the wanted roles out of a model's taps.
+
+    Args:
+        roles: What a method asks for.
+        available: Role -> place, from ``edgekd.models.taps``.
+
+    Raises:
+        RecipeError: A role that the model does not have; the message lists those that it has.
+    """
+    wanted = {}
+    for role in roles:
+        if role not in available:
+            has = ", ".join(available) or "none"
+            raise RecipeError(
+                f"the model has no tap {role!r}{nearest(role, list(available))}; it has: {has}",
+                hint=f"ask for one of these, or add `{role}: MODULE_PATH` to the model's taps",
+            )
+        wanted[role] = available[role]
+    return wanted
+
+
+def check_paths(model: nn.Module, places: Mapping[str, str]) -> None:
+    """Check that every tap's module exists.
+
+    Raises:
+        RecipeError: One does not; the message names the role and the nearest path.
+    """
+    modules = dict(model.named_modules())
+    for role, place in places.items():
+        path = place.removesuffix(INPUT)
+        if path not in modules:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise RecipeError(
+                f"tap {role!r}: the model has no module {path!r}{nearest(path, list(modules))}",
+                hint=f"paths are those of model.named_modules(); at the top there are: {children}",
+            )
+
+
+@contextmanager
+def capture(model: nn.Module, wanted: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """Record tensors of every forward inside the ``with`` block.
+
+    The hooks live on the model only inside the block, and the tensors only in the yielded dict: role -> tensor of the latest
+    forward, as the module made it (not detached). A module that one forward calls twice leaves its last call. Around a
+    DistributedDataParallel model, give the inner ``.module``.
+
+    Args:
+        model: The model that will be called.
+        wanted: Role -> place.
+
+    Raises:
+        RecipeError: A module does not exist, or, during the forward, what stands at the place is no tensor.
+    """
+    check_paths(model, wanted)
+    captured: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for role, place in wanted.items():
+            module = model.get_submodule(place.removesuffix(INPUT))
+            if place.endswith(INPUT):
+                handle = module.register_forward_pre_hook(_store_input(captured, role, place))
+            else:
+                handle = module.register_forward_hook(_store_output(captured, role, place))
+            hooks.callback(handle.remove)
+        yield captured
+
+
+def _store_output(captured: dict[str, Tensor], role: str, place: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the hook's signature
+        captured[role] = _tensor(output, role, place)
+
+    return hook
+
+
+def _store_input(captured: dict[str, Tensor], role: str, place: str) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001  the hook's signature
+        captured[role] = _tensor(args[0] if args else None, role, place)
+
+    return hook
+
+
+def _tensor(value: Any, role: str, place: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise RecipeError(
+            f"tap {role!r} at {place!r} must be one tensor; it is {type(value).__name__}",
+            hint="tap a module inside or behind it that gives one tensor",
+        )
+    return value

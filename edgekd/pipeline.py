@@ -1,0 +1,400 @@
+"""Runs a recipe: checkpoints first, then the deploy matrix, then the report. Finished artifacts are reused.
+
+The run directory is the only state. ``run.json`` says what was planned and what became of it; it is written after every step, so an
+interrupted or failed run can be reported too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgekd import __version__, report
+from edgekd import data as data_kinds
+from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, file_sha256, write_json
+from edgekd.bench.host import describe as describe_host
+from edgekd.data.base import Dataset, Split
+from edgekd.deployment import Deployment
+from edgekd.display import Display
+from edgekd.distill import stage as distill_stage
+from edgekd.distill.stage import DistillConfig
+from edgekd.errors import ArtifactError, BudgetExceeded, EdgekdError
+from edgekd.models.config import ModelConfig
+from edgekd.nn.flops import macs, parameters
+from edgekd.prune import stage as prune_stage
+from edgekd.prune.importance import prune
+from edgekd.prune.stage import PruneConfig
+from edgekd.quantize import stage as quantize_stage
+from edgekd.quantize.stage import QuantizeConfig
+from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig
+from edgekd.tasks import build as build_task
+from edgekd.train import checkpoint as checkpoints
+from edgekd.train import stage as finetune_stage
+from edgekd.train.hardware import check_processes, rank
+from edgekd.train.loop import evaluate
+from edgekd.train.stage import Context, FinetuneConfig, Trained, fresh
+
+RUN = "run.json"
+# The stage's config type says which function runs it.
+STAGES: dict[type, Any] = {
+    FinetuneConfig: finetune_stage.run,
+    DistillConfig: distill_stage.run,
+    PruneConfig: prune_stage.run,
+    QuantizeConfig: quantize_stage.run,
+}
+# Libraries that shape a checkpoint; another version of one of them means another id.
+TRAINING_LIBRARIES = ("torch", "lightning-fabric", "torch-pruning")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    report: dict[str, Any]
+    folder: Path
+    failures: list[str]
+
+
+def compress(loaded: Loaded, *, out: Path, smoke: bool, display: Display, command: str) -> Outcome:
+    """Run a recipe to its report.
+
+    Args:
+        loaded: The checked recipe.
+        out: The run directory; made where it is missing.
+        smoke: The recipe was made tiny; its data is thinned too.
+        display: Told of progress.
+        command: How the run was started, for the report.
+
+    Raises:
+        EdgekdError: The run failed before the report; what was finished stays.
+        BudgetExceeded: The report is written, and no engine of the student is within the budget.
+    """
+    check_processes(loaded.recipe.compute, command)
+    with _locked(out):
+        return Run(loaded, out, smoke, display, command).whole()
+
+
+class Run:
+    """One run of one recipe. Its methods are called in the order in which they stand."""
+
+    def __init__(self, loaded: Loaded, out: Path, smoke: bool, display: Display, command: str) -> None:
+        self.recipe: Recipe = loaded.recipe
+        self.display, self.smoke = display, smoke
+        self.store = Store(out, display.warn)
+        self.task = build_task(self.recipe.task)
+        display.say(f"reading data ({self.recipe.data.kind})")
+        self.dataset = data_kinds.load(self.recipe.data, search=loaded.search)
+        if smoke:
+            self.dataset = thin(self.dataset, {"train": 2 * SMOKE_BATCH, "val": 64, "test": 64, "calib": 32})
+        self.context = Context(
+            compute=self.recipe.compute,
+            task=self.task,
+            dataset=self.dataset,
+            augment=self.recipe.data.augment,
+            seed=self.recipe.seed,
+            search=loaded.search,
+            logs=out / "tensorboard",
+            on_epoch=display.epoch,
+            on_step=display.step,
+        )
+        self.order = 0
+        self.started = time.monotonic()
+        self.record: dict[str, Any] = self._header(loaded, command)
+        self._teacher: checkpoints.Loaded | None = None
+
+    def whole(self) -> Outcome:
+        """Checkpoints, engines, report."""
+        try:
+            self.rehearse()
+            students = self.train()
+            if rank() != 0:
+                return Outcome({}, self.store.root, [])
+            deployment = Deployment(self.recipe, self.store, self.dataset, self.task, self.record, self.display, self.save, self.order)
+            deployment.run(students)
+        except EdgekdError as error:
+            if rank() == 0:
+                self.record["steps"].append({"status": "failed", "reason": error.message, "stage": self.record.pop("doing", "")})
+                self.finish()
+            raise
+        summary = self.finish()
+        failures = [f"{cell['backend_name']} {cell['precision']}: {cell['reason']}" for cell in self.record["cells"] if cell["status"] == "failed"]
+        budget = self.record["budget"]
+        if budget is not None and not budget["ok"]:
+            missed = ", ".join(f"{c['limit']} {c['measured']:.4g} (allowed {c['allowed']:.4g})" for c in budget["checks"] if not c["ok"])
+            raise BudgetExceeded(f"over budget: {missed or 'no engine was measured'}", hint=f"see {self.store.root}/report/report.md")
+        return Outcome(summary, self.store.root, failures)
+
+    def rehearse(self) -> None:
+        """Prune and quantize an untrained student once, so that a model that cannot be says so before hours of training."""
+        if not any(isinstance(stage, PruneConfig | QuantizeConfig) for stage in self.recipe.stages):
+            return
+        student = fresh(self.recipe.student.model.model_copy(update={"weights": None}), self.context)
+        for stage in self.recipe.stages:
+            if isinstance(stage, PruneConfig):
+                student.module = prune(
+                    student.module, student.architecture.example(), ratio=0.3, round_to=stage.round_to, scope=stage.scope
+                )
+            if isinstance(stage, QuantizeConfig):
+                quantize_stage.prepare(stage, student)
+
+    def train(self) -> dict[str, list[Checkpoint]]:
+        """All checkpoints: the teacher, the student trained alone, the student after each stage."""
+        recipe, result = self.recipe, {}
+        teacher = None
+        if recipe.teacher is not None:
+            teacher = self._teacher_checkpoint(recipe.teacher)
+            result["teacher"] = [teacher]
+            self.context.teacher = lambda: self._load_teacher(teacher)
+        if "student_alone" in recipe.compare:
+            budget = next(stage for stage in recipe.stages if isinstance(stage, DistillConfig))
+            alone = FinetuneConfig(kind="finetune", train=budget.train)
+            result["student_alone"] = [self._stage(alone, None, None, role="student_alone", name="student_alone")]
+        source: Checkpoint | None = None
+        result["student"] = []
+        for stage in recipe.stages:
+            source = self._stage(stage, source, teacher, role="student", name=stage.kind)
+            result["student"].append(source)
+        return result
+
+    def _teacher_checkpoint(self, config: TeacherConfig) -> Checkpoint:
+        if config.train is not None:
+            return self._stage(
+                FinetuneConfig(kind="finetune", train=config.train), None, None, role="teacher", name="teacher", model=config.model
+            )
+        return self._checkpoint(
+            {"weights only": True},
+            role="teacher",
+            name="teacher",
+            inputs={"model": self._model_inputs(config.model)},
+            parents=(),
+            make=lambda work: _untrained(fresh(config.model, self.context)),  # noqa: ARG005
+        )
+
+    def _stage(
+        self, stage: Any, source: Checkpoint | None, teacher: Checkpoint | None, *, role: str, name: str, model: ModelConfig | None = None
+    ) -> Checkpoint:
+        model = model or self.recipe.student.model
+        uses_teacher = getattr(stage, "method", None) is not None and getattr(stage, "teacher", "teacher") == "teacher"
+        parents = [parent for parent in (source, teacher if uses_teacher else None) if parent is not None]
+
+        def make(work: Path) -> Trained:
+            loaded = checkpoints.load_float(source) if source is not None else fresh(model, self.context)
+            title = f"{self.order:02}-{name}"
+            trained: Trained = STAGES[type(stage)](stage, loaded, self.context, title=title, work=work)
+            return trained
+
+        inputs = {
+            "source": source.id if source is not None else self._model_inputs(model),
+            "teacher": teacher.id if teacher is not None and uses_teacher else None,
+        }
+        return self._checkpoint(
+            stage.model_dump(mode="json"), role=role, name=name, inputs=inputs, parents=tuple(p.id for p in parents), make=make
+        )
+
+    def _checkpoint(
+        self, config: dict[str, Any], *, role: str, name: str, inputs: dict[str, Any], parents: tuple[str, ...], make: Any
+    ) -> Checkpoint:
+        """Find the checkpoint, or make it: train, evaluate on the test split, store."""
+        self.order += 1
+        versions = {library: version(library) for library in TRAINING_LIBRARIES}
+        compute = self.recipe.compute.model_dump(mode="json", exclude={"threads"})
+        id = content_id(
+            {
+                "kind": "checkpoint",
+                "config": config,
+                "inputs": inputs,
+                "data": self.dataset.fingerprint,
+                "augment": self.recipe.data.augment.model_dump(mode="json"),
+                "task": self.recipe.task.model_dump(mode="json"),
+                "seed": self.recipe.seed,
+                "compute": compute,
+                "versions": {"edgekd": __version__, **versions},
+            }
+        )
+        self.record["doing"] = name
+        start = time.monotonic()
+        found = self.store.find(id) if rank() == 0 or self.context.compute.devices == 1 else self.store.peek(id)
+        status = "reused" if found is not None else "done"
+        if found is None:
+            self.display.stage(name, role)
+            trained: Trained = make(self.store.work(id))
+            found = self._store(id, config, name, role, parents, trained, versions, start)
+        else:
+            self.display.reused(found.folder.name)
+        self._note(found, name, role, start, status)
+        assert isinstance(found, Checkpoint)
+        return found
+
+    def _store(
+        self,
+        id: str,
+        config: dict[str, Any],
+        name: str,
+        role: str,
+        parents: tuple[str, ...],
+        trained: Trained,
+        versions: dict[str, str],
+        start: float,
+    ) -> Artifact:
+        loaded, context = trained.loaded, self.context
+        setting = context.setting(name, self.store.work(id), 0)
+        metric = evaluate(loaded.module, self.dataset.test, setting)
+        loaded.module.to("cpu")
+        if context.fabric.is_global_zero:
+            environment = {"edgekd": __version__, "libraries": versions, "device": str(context.fabric.device), "threads": _threads()}
+            with self.store.draft(
+                id=id, order=self.order, kind="checkpoint", stage=name, role=role, parents=parents, config=config, environment=environment
+            ) as draft:
+                checkpoints.save(draft.folder, loaded.module, loaded.architecture, trained.history)
+                shape = tuple(loaded.architecture.example().shape[1:])
+                draft.metrics = {
+                    "params": parameters(loaded.module),
+                    "macs": macs(loaded.module, shape),
+                    "metric": {"name": self.task.metric_name, "value": metric},
+                    "val_metric": trained.history[-1]["val"] if trained.history else None,
+                    "epochs": len(trained.history),
+                    "layers": trained.layers,
+                }
+                draft.seconds = time.monotonic() - start
+        context.fabric.barrier()
+        self.display.trained(name, self.task.metric_name, metric, time.monotonic() - start)
+        found = self.store.peek(id)
+        if found is None:
+            raise ArtifactError(f"the checkpoint {name} was written and is not there", hint="is another program writing to the run directory?")
+        return found
+
+    def _note(self, artifact: Artifact, name: str, role: str, start: float, status: str) -> None:
+        self.record["steps"].append(
+            {
+                "folder": artifact.folder.name,
+                "kind": artifact.kind,
+                "stage": name,
+                "role": role,
+                "status": status,
+                "reason": "",
+                "seconds": round(time.monotonic() - start, 2),
+            }
+        )
+        architecture = artifact.json(checkpoints.MODEL)["model"]
+        title = architecture["call"] if architecture["name"] == "callable" else architecture["name"]
+        self.record["models"].append({"role": role, "stage": name, "title": title, "folder": artifact.folder.name})
+        self.save()
+
+    def _load_teacher(self, checkpoint: Checkpoint) -> checkpoints.Loaded:
+        if self._teacher is None:
+            self._teacher = checkpoints.load_float(checkpoint)
+        return self._teacher
+
+    def _model_inputs(self, model: ModelConfig) -> dict[str, Any]:
+        from edgekd.data.paths import find
+
+        weights = file_sha256(find(model.weights, self.context.search)) if model.weights is not None else None
+        return {"model": model.model_dump(mode="json", exclude={"weights"}), "weights": weights}
+
+    def _header(self, loaded: Loaded, command: str) -> dict[str, Any]:
+        data = self.dataset
+        return {
+            "schema": 1,
+            "name": self.recipe.name,
+            "recipe_path": str(loaded.document.file),
+            "recipe_text": loaded.document.text,
+            "command": command,
+            "seed": self.recipe.seed,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": None,
+            "seconds": None,
+            "edgekd": __version__,
+            "smoke": self.smoke,
+            "environment": describe_host(),
+            "task": self.recipe.task.kind,
+            "data": {
+                "kind": self.recipe.data.kind,
+                "classes": data.num_classes,
+                "counts": {split.name: len(split.labels) for split in (data.train, data.val, data.test, data.calib)},
+                "fingerprint": data.fingerprint,
+                "warnings": list(data.warnings),
+            },
+            "steps": [],
+            "models": [],
+            "cells": [],
+            "comparisons": [],
+            "budget": None,
+            "warnings": list(data.warnings),
+        }
+
+    def save(self) -> None:
+        """Write run.json; only the first process does."""
+        if rank() == 0:
+            write_json(self.store.root / RUN, self.record)
+
+    def finish(self) -> dict[str, Any]:
+        """Write run.json for the last time, and the report."""
+        self.record.pop("doing", None)
+        self.record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.record["seconds"] = round(time.monotonic() - self.started, 1)
+        self.save()
+        return report.write(self.store.root)
+
+
+def thin(dataset: Dataset, counts: dict[str, int]) -> Dataset:
+    """A data set with at most ``counts`` images per split, evenly spaced so that all classes stay."""
+    import dataclasses
+
+    import numpy as np
+
+    def cut(split: Split, count: int) -> Split:
+        index = np.unique(np.linspace(0, len(split.labels) - 1, min(count, len(split.labels))).round().astype(int))
+        return dataclasses.replace(split, images=np.ascontiguousarray(split.images[index]), labels=split.labels[index])
+
+    splits = {name: cut(getattr(dataset, name), count) for name, count in counts.items()}
+    fingerprint = content_id({"thinned": counts, "of": dataset.fingerprint})
+    return dataclasses.replace(dataset, **splits, fingerprint=fingerprint)
+
+
+def _untrained(loaded: checkpoints.Loaded) -> Trained:
+    from edgekd.nn.layers import layer_table
+
+    return Trained(loaded, [], layer_table(loaded.module))
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the run directory: two runs in one directory would delete each other's drafts."""
+    out.mkdir(parents=True, exist_ok=True)
+    if rank() != 0:
+        yield
+        return
+    with (out / ".lock").open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise ArtifactError(
+                f"{out} is in use by another run (process {stream.read().strip() or 'unknown'})",
+                hint="wait for it, or give another directory with --out",
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def command_line() -> str:
+    """How this process was started, as a user would type it."""
+    import shlex
+
+    return shlex.join(["edgekd", *sys.argv[1:]])

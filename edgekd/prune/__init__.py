@@ -1,0 +1,1 @@
+"""Structured pruning: whole channels go, by the dependency graph of the torch-pruning library."""

@@ -1,0 +1,93 @@
+"""The stage ``quantize``: calibrate, then train with fake quantization; and reading quantized checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from edgekd._config import Config
+from edgekd.artifacts import Checkpoint
+from edgekd.data.batches import eval_batches
+from edgekd.distill import MethodConfig
+from edgekd.distill.stage import fit
+from edgekd.nn.layers import layer_table
+from edgekd.quantize import qat
+from edgekd.train.checkpoint import Loaded, build_float, load_weights, read_architecture
+from edgekd.train.optim import TrainConfig
+from edgekd.train.stage import Context, Trained
+
+
+class QuantizeConfig(Config):
+    """Quantization-aware training."""
+
+    kind: Literal["quantize"]
+    quantizer: qat.QuantizerConfig = Field(default_factory=qat.QuantizerConfig)
+    """Bits and ranges."""
+    train: TrainConfig
+    """Budget and optimizer; a tenth of the learning rate of the float training is usual."""
+    method: MethodConfig | None = None
+    """Train under a teacher with this method; null trains on the labels alone."""
+    teacher: Literal["float", "teacher"] = "float"
+    """Who teaches: the float model that this stage starts from, or the recipe's teacher."""
+    task_weight: float = Field(0.1, ge=0, le=1000)
+    """Weight of the task loss where there is a method."""
+
+
+def prepare(config: QuantizeConfig, source: Loaded) -> Loaded:
+    """The source model with quantizers, not yet calibrated."""
+    quantized = qat.prepare(source.module, source.taps, config.quantizer, source.architecture.example())
+    return _described(quantized, source)
+
+
+def _described(quantized: nn.Module, source: Loaded) -> Loaded:
+    taps = {role: f"taps.{role}" for role in source.taps}  # the trace re-homes them (edgekd.quantize.placement)
+    return Loaded(quantized, taps, source.architecture.with_plans(quantization=qat.plan(quantized)))
+
+
+def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str, work: Path) -> Trained:
+    """Quantize the source model and train it; arguments as for the other stages."""
+    teacher = None
+    if config.method is not None:
+        twin = Loaded(copy.deepcopy(source.module), source.taps, source.architecture)
+        teacher = context.teacher() if config.teacher == "teacher" and context.teacher is not None else twin
+    loaded = prepare(config, source)
+    data = context.dataset
+    batches = eval_batches(data.calib, min(128, len(data.calib.labels)), mean=data.mean, std=data.std)
+    qat.calibrate(loaded.module, (images for images, _ in batches))
+    history = fit(
+        loaded,
+        config.train,
+        context,
+        title=title,
+        work=work,
+        method=config.method,
+        teacher=teacher,
+        task_weight=config.task_weight,
+    )
+    return Trained(loaded, history, layers(loaded.module))
+
+
+def layers(quantized: nn.Module) -> list[dict[str, Any]]:
+    """The layer table with its bits."""
+    bits = {row["path"]: row for row in qat.layers(quantized)}
+    rows = layer_table(quantized)
+    for row in rows:
+        if row["path"] in bits:
+            row.update({key: bits[row["path"]][key] for key in ("weight_bits", "activation_bits")})
+    return rows
+
+
+def load(checkpoint: Checkpoint) -> Loaded:
+    """Rebuild any checkpoint, float or quantized, with its weights, in eval mode."""
+    architecture = read_architecture(checkpoint)
+    loaded = build_float(architecture)
+    if architecture.quantization is not None:
+        quantized = qat.rebuild(loaded.module, loaded.taps, architecture.quantization, architecture.example())
+        loaded = Loaded(quantized, {role: f"taps.{role}" for role in loaded.taps}, architecture)
+    load_weights(loaded.module, checkpoint)
+    loaded.module.eval()
+    return loaded

@@ -1,0 +1,427 @@
+"""The recipe: every section, and every check that can be made before any work is done.
+
+Options live beside what they configure (train/optim.py, distill/, prune/stage.py, quantize/, engines/ ...); this is the one file that
+knows all sections and how they depend on each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from edgekd._config import Config
+from edgekd._yaml import Document, Path_, load
+from edgekd.data import DataConfig
+from edgekd.distill.stage import DistillConfig
+from edgekd.engines import BackendOptions
+from edgekd.errors import EdgekdError, RecipeError, nearest
+from edgekd.export.stage import ExportConfig
+from edgekd.models.config import ModelConfig
+from edgekd.prune.stage import PruneConfig
+from edgekd.quantize.stage import QuantizeConfig
+from edgekd.tasks import TaskConfig
+from edgekd.train.hardware import ComputeConfig
+from edgekd.train.optim import TrainConfig
+from edgekd.train.stage import FinetuneConfig
+
+StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig, Field(discriminator="kind")]
+Role = Literal["teacher", "student_alone", "student"]
+Precision = Literal["float32", "float16", "int8"]
+
+
+class TeacherConfig(Config):
+    """The big model that teaches."""
+
+    model: ModelConfig
+    train: TrainConfig | None = None
+    """Train it on the labels first; null where model.weights is given."""
+
+
+class StudentConfig(Config):
+    """The small model that becomes the product."""
+
+    model: ModelConfig
+
+
+class DeployConfig(Config):
+    """One backend on one target: an engine for each precision of each named model."""
+
+    backend: Annotated[BackendOptions, Field(discriminator="name")]
+    """How engines are built and run, with all its options."""
+    precision: list[Precision] = Field(min_length=1)
+    """float32 is the last float model; int8 needs a quantize stage."""
+    models: list[Role] = Field(default=["student"], min_length=1)
+    """Whose engines; the teacher and the student trained alone are float32 only."""
+    target: Literal["local"] = "local"
+    """Where they are built and measured."""
+    batch: int = Field(1, ge=1, le=4096)
+    """Images per inference."""
+
+
+class MeasureConfig(Config):
+    """How long engines are measured."""
+
+    warmup_s: float = Field(0.3, ge=0, le=600)
+    """Seconds of inference before measuring."""
+    duration_s: float = Field(2.0, gt=0, le=3600)
+    """Seconds of steady state for each engine alone in its process."""
+    compare_s: float = Field(6.0, gt=0, le=3600)
+    """Seconds for all engines of one backend together, interleaved."""
+
+
+class BudgetConfig(Config):
+    """What the product may cost; met when one measured engine of the student is within all limits given."""
+
+    latency_ms: float | None = Field(None, gt=0)
+    """Largest median latency, milliseconds."""
+    size_mib: float | None = Field(None, gt=0)
+    """Largest engine, MiB on disk."""
+    memory_mib: float | None = Field(None, gt=0)
+    """Largest peak memory of the process that runs the engine, MiB."""
+    accuracy_drop: float | None = Field(None, ge=0, le=100)
+    """Most points of the task's metric below the teacher."""
+
+
+class Recipe(Config):
+    """The way from a teacher to measured engines."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run directory: letters, digits, dots, dashes and underscores."""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """Everything random follows from it."""
+    task: TaskConfig
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    stages: list[StageConfig] = Field(min_length=1, max_length=20)
+    """What is done to the student, in this order."""
+    compare: list[Literal["student_alone"]] = []
+    """student_alone also trains the student without a teacher: same weights to begin with, same budget as the distill stage."""
+    compute: ComputeConfig = Field(default_factory=ComputeConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    deploy: list[DeployConfig] = []
+    """Engines to build and measure."""
+    measure: MeasureConfig = Field(default_factory=MeasureConfig)
+    budget: BudgetConfig | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a recipe."""
+
+    path: Path_
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid recipe and the file that it came from."""
+
+    recipe: Recipe
+    document: Document
+    search: tuple[Path, ...]
+
+
+def search_folders(file: Path) -> tuple[Path, ...]:
+    """Where a recipe's relative paths are looked up: $EDGEKD_DATA, then beside the recipe."""
+    data = os.environ.get("EDGEKD_DATA")
+    return (*([Path(data)] if data else []), file.resolve().parent)
+
+
+def load_recipe(file: Path) -> Loaded:
+    """Read and check a recipe, without touching its data.
+
+    Raises:
+        RecipeError: All problems that were found, one a line, each with file, line, column and path.
+    """
+    document = load(file)
+    recipe = parse(document)
+    problems = check(recipe)
+    if problems:
+        raise _error(document, problems)
+    return Loaded(recipe, document, search_folders(file))
+
+
+def parse(document: Document) -> Recipe:
+    """Plain data to a typed Recipe.
+
+    Raises:
+        RecipeError: Unknown or missing keys, wrong types, values out of range.
+    """
+    try:
+        # Strict, and through JSON: in Python mode "2" and true would become integers, or tuples would be refused.
+        return Recipe.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        schema = Recipe.model_json_schema()
+        problems = [_problem(found, document.data, schema) for found in error.errors(include_url=False)]
+        raise _error(document, problems) from error
+
+
+def _error(document: Document, problems: list[Problem]) -> RecipeError:
+    unique = {(problem.path, problem.message): problem for problem in problems}
+    ordered = sorted(unique.values(), key=lambda problem: (document.place(problem.path).line, document.place(problem.path).column))
+    lines = [document.located(problem.path, problem.message) for problem in ordered]
+    hints = list(dict.fromkeys(problem.hint for problem in ordered if problem.hint))
+    return RecipeError("\n".join(lines), hint="; ".join(hints) or "edgekd schema prints all keys and their types")
+
+
+def _problem(found: Any, data: Any, schema: dict[str, Any]) -> Problem:
+    """pydantic's error in a reader's words."""
+    path, allowed = _resolve(found["loc"], data, schema)
+    kind, context, given = found["type"], found.get("ctx", {}), found.get("input")
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        name = str(path[-1])
+        return Problem(path, f"unknown key{nearest(name, allowed)}; allowed: {', '.join(allowed)}")
+    if kind in ("missing", "missing_argument"):
+        return Problem(path, f"required key is missing{nearest(str(path[-1]), list(_at(data, path[:-1])))}")
+    if kind == "union_tag_invalid":
+        key = str(context["discriminator"]).strip("'")
+        choices = [choice.strip(" '") for choice in str(context["expected_tags"]).split(",")]
+        return Problem((*path, key), f"unknown value {context['tag']!r}{nearest(str(context['tag']), choices)}; allowed: {', '.join(choices)}")
+    if kind == "union_tag_not_found":
+        return Problem(path, f"required key {context['discriminator']} is missing")
+    if kind == "literal_error":
+        choices = [choice.strip(" '") for choice in str(context["expected"]).replace(" or ", ", ").split(",")]
+        return Problem(path, f"unknown value {given!r}{nearest(str(given), choices)}; allowed: {', '.join(choices)}")
+    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message.replace("Input should be", "must be").replace("valid dictionary", "mapping").replace("valid list", "list")
+    shown = "" if isinstance(given, dict | list) else f"; given: {json.dumps(given, default=str)}"
+    return Problem(path, message + ("" if kind == "value_error" else shown))
+
+
+def _at(data: Any, path: Path_) -> Any:
+    for part in path:
+        data = data[part] if isinstance(data, list | dict) else {}
+    return data if isinstance(data, dict) else {}
+
+
+def _resolve(loc: tuple[Any, ...], data: Any, schema: dict[str, Any]) -> tuple[Path_, list[str]]:
+    """The path in the recipe that pydantic's location means (it also names union members), and the keys that are allowed beside it."""
+    path: list[str | int] = []
+    node, allowed = schema, list(schema.get("properties", {}))
+    for number, part in enumerate(loc):
+        node = _follow(node, schema, data)
+        last = number == len(loc) - 1
+        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data))
+        properties = node.get("properties", {})
+        if inside or last and (part in properties or isinstance(data, dict)):
+            allowed = list(properties)
+            path.append(part)
+            data = data[part] if inside else None
+            node = properties.get(part, {}) if isinstance(part, str) else node.get("items", {})
+    return tuple(path), allowed
+
+
+def _follow(node: dict[str, Any], schema: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Resolve references, optional values and discriminated unions down to the schema of ``data``."""
+    for _ in range(8):
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+        elif "discriminator" in node:
+            tag = data.get(node["discriminator"]["propertyName"]) if isinstance(data, dict) else None
+            reference = node["discriminator"]["mapping"].get(tag)
+            if reference is None:
+                return node
+            node = {"$ref": reference}
+        elif "anyOf" in node:
+            choices = [choice for choice in node["anyOf"] if choice.get("type") != "null"]
+            node = choices[0] if choices else {}
+        elif len(node.get("allOf", [])) == 1:
+            node = node["allOf"][0]
+        else:
+            return node
+    return node
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """What one section demands of another."""
+    return [*_check_teacher(recipe), *_check_order(recipe), *_check_deploy(recipe), *_check_budget(recipe)]
+
+
+def _check_teacher(recipe: Recipe) -> list[Problem]:
+    problems = []
+    teacher = recipe.teacher
+    for number, stage in enumerate(recipe.stages):
+        method = getattr(stage, "method", None)
+        own = isinstance(stage, QuantizeConfig) and stage.teacher == "float"
+        if method is not None and teacher is None and not own:
+            problems.append(
+                Problem(("stages", number, "method"), f"the method {method.name!r} needs a teacher, and the recipe has none", "add a teacher section")
+            )
+        if isinstance(stage, QuantizeConfig) and stage.teacher == "teacher" and teacher is None and method is None:
+            problems.append(Problem(("stages", number, "teacher"), "the recipe has no teacher", "add a teacher section, or remove this key"))
+    if teacher is not None and teacher.train is None and teacher.model.weights is None:
+        problems.append(Problem(("teacher",), "an untrained teacher: give model.weights or train", "name a weights file, or give teacher.train"))
+    if "student_alone" in recipe.compare and not any(isinstance(stage, DistillConfig) for stage in recipe.stages):
+        problems.append(Problem(("compare",), "student_alone needs a distill stage, whose budget it takes", "remove it, or add a distill stage"))
+    return problems
+
+
+def _check_order(recipe: Recipe) -> list[Problem]:
+    problems = []
+    trained = recipe.student.model.weights is not None
+    quantized = False
+    for number, stage in enumerate(recipe.stages):
+        path: Path_ = ("stages", number, "kind")
+        if quantized:
+            problems.append(
+                Problem(path, f"{stage.kind} comes after quantize; a quantized model is final", "put quantize last; it takes a method of its own")
+            )
+        elif isinstance(stage, PruneConfig | QuantizeConfig) and not trained:
+            problems.append(
+                Problem(path, f"{stage.kind} needs a trained student", "put a finetune or distill stage before it, or give student.model.weights")
+            )
+        trained = True
+        quantized = quantized or isinstance(stage, QuantizeConfig)
+    return problems
+
+
+def _check_deploy(recipe: Recipe) -> list[Problem]:
+    problems = []
+    quantized = any(isinstance(stage, QuantizeConfig) for stage in recipe.stages)
+    for number, entry in enumerate(recipe.deploy):
+        for index, precision in enumerate(entry.precision):
+            path: Path_ = ("deploy", number, "precision", index)
+            reason = entry.backend.unsupported(precision)
+            if reason:
+                problems.append(Problem(path, f"{entry.backend.name} cannot run {precision}: {reason}"))
+            elif precision == "int8" and not quantized:
+                problems.append(Problem(path, "int8 needs a quantized student, and no stage quantizes it", "add a quantize stage, or deploy float32"))
+            if precision in entry.precision[:index]:
+                problems.append(Problem(path, f"{precision} is given twice"))
+        for index, role in enumerate(entry.models):
+            path = ("deploy", number, "models", index)
+            if role == "teacher" and recipe.teacher is None:
+                problems.append(Problem(path, "the recipe has no teacher", "add a teacher section, or remove it here"))
+            if role == "student_alone" and "student_alone" not in recipe.compare:
+                problems.append(Problem(path, "student_alone is not trained", "add compare: [student_alone]"))
+            if role != "student" and not set(entry.precision) - {"int8"}:
+                problems.append(Problem(path, f"{role} is deployed in float only, and this entry asks for int8 only", "add float32 to its precision"))
+    return problems
+
+
+def _check_budget(recipe: Recipe) -> list[Problem]:
+    budget = recipe.budget
+    if budget is None:
+        return []
+    problems = []
+    if not any("student" in entry.models for entry in recipe.deploy):
+        problems.append(Problem(("budget",), "a budget needs a deployed student", "add a deploy entry for the student"))
+    if all(value is None for value in budget.model_dump().values()):
+        problems.append(Problem(("budget",), "the budget has no limit", "give one of latency_ms, size_mib, memory_mib, accuracy_drop"))
+    if budget.accuracy_drop is not None and recipe.teacher is None:
+        problems.append(Problem(("budget", "accuracy_drop"), "accuracy_drop is measured against the teacher, and the recipe has none"))
+    return problems
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The same recipe made tiny: one epoch of two steps per training, and engines measured for a moment.
+
+    The pipeline thins the data of a smoke run; this only changes the recipe.
+    """
+
+    def shorter(train: TrainConfig | None) -> TrainConfig | None:
+        if train is None:
+            return None
+        accumulate = min(train.accumulate, 2)
+        return train.model_copy(update={"epochs": 1, "batch_size": SMOKE_BATCH, "accumulate": accumulate, "warmup_epochs": 0.0})
+
+    stages = [stage.model_copy(update={"train": shorter(stage.train)}) for stage in recipe.stages]
+    teacher = recipe.teacher
+    if teacher is not None:
+        teacher = teacher.model_copy(update={"train": shorter(teacher.train)})
+    data = recipe.data
+    if "limit_per_class" in type(data).model_fields:
+        data = data.model_copy(update={"limit_per_class": SMOKE_BATCH})
+    measure = MeasureConfig(warmup_s=0.02, duration_s=0.1, compare_s=0.2)
+    update = {"data": data, "teacher": teacher, "stages": stages, "measure": measure, "budget": None}
+    return recipe.model_copy(update=update)
+
+
+SMOKE_BATCH = 16
+
+
+def preflight(loaded: Loaded) -> None:
+    """What can be checked in seconds on this machine: data and weights exist, taps exist, backends are installed.
+
+    Raises:
+        RecipeError: With the place in the recipe of everything that is missing.
+    """
+    from edgekd import data as data_kinds
+    from edgekd.data.paths import find
+    from edgekd.engines import backend
+
+    recipe, problems = loaded.recipe, []
+
+    def attempt(path: Path_, action: Any) -> None:
+        try:
+            action()
+        except EdgekdError as error:
+            problems.append(Problem(path, error.message, error.hint))
+
+    attempt(("data",), lambda: data_kinds.preflight(recipe.data, search=loaded.search))
+    owners: list[tuple[str, ModelConfig]] = [("student", recipe.student.model)]
+    if recipe.teacher is not None:
+        owners.append(("teacher", recipe.teacher.model))
+    for owner, model in owners:
+        if model.weights is not None:
+            attempt((owner, "model", "weights"), lambda name=model.weights: find(name, loaded.search))
+    problems += _check_models(recipe)
+    for number, entry in enumerate(recipe.deploy):
+        found = backend(entry.backend.name).available()
+        if not found.ok:
+            problems.append(Problem(("deploy", number, "backend", "name"), found.reason, found.hint))
+    if problems:
+        raise _error(loaded.document, problems)
+
+
+def _check_models(recipe: Recipe) -> list[Problem]:
+    """Build the models without weights: their arguments fit, their taps exist, and methods find the taps that they ask for."""
+    import torch
+
+    from edgekd import models
+    from edgekd.nn.taps import resolve
+
+    built: dict[str, Any] = {}
+    problems = []
+    owners = {"student": recipe.student.model}
+    if recipe.teacher is not None:
+        owners["teacher"] = recipe.teacher.model
+    for owner, config in owners.items():
+        try:
+            with torch.device("meta"):  # shapes only: no memory, no time
+                # The number of classes is the data's, which is not read yet; taps do not depend on it.
+                module = models.build(config, num_classes=10, in_channels=getattr(recipe.data, "channels", 3))
+            built[owner] = (module, models.taps(config, module))
+        except EdgekdError as error:
+            problems.append(Problem((owner, "model"), error.message, error.hint))
+    if "student" not in built:
+        return problems
+    for number, stage in enumerate(recipe.stages):
+        method = getattr(stage, "method", None)
+        own = isinstance(stage, QuantizeConfig) and stage.teacher == "float"
+        teacher = built.get("student" if own else "teacher")
+        if method is None or teacher is None:
+            continue
+        with torch.device("meta"):
+            distiller = method.build(built["student"][0], teacher[0])
+        for roles, (_, taps) in ((distiller.student_taps, built["student"]), (distiller.teacher_taps, teacher)):
+            try:
+                resolve(roles, taps)
+            except EdgekdError as error:
+                problems.append(Problem(("stages", number, "method"), error.message, error.hint))
+    return problems
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "edgekd recipe"
+    return schema

@@ -1,0 +1,135 @@
+"""``edgekd bench``: measure ONNX files and engines outside a run, through the same jobs and the same worker."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.engines import options_from
+from edgekd.errors import BuildError, EdgekdError
+from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult
+from edgekd.targets.local import Local
+
+# The preprocessing of a model that says nothing about it: plain 0..1 images.
+PLAIN = {"layout": "NCHW", "color": "RGB", "scale": 1 / 255, "mean": [0.0], "std": [1.0]}
+
+
+def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds: float) -> dict[str, Any]:
+    """Build what is not built yet, measure each engine alone, and several interleaved.
+
+    Args:
+        models: ONNX files or engine folders.
+        backend: Builds and runs the ONNX files.
+        threads: CPU threads for the ONNX files' engines.
+        batch: Images per inference.
+        seconds: Steady state per engine.
+
+    Returns:
+        {"engines": [bench payloads with "model"], "comparison": compare payload or None}; raw samples included.
+
+    Raises:
+        EdgekdError: A file is missing, a build or a measurement failed or cannot be done here.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as scratch:
+        folder = Path(scratch)
+        engines = [_engine(model, backend, threads, folder / f"engine{number}") for number, model in enumerate(models)]
+        inputs = folder / "images.npy"
+        np.save(inputs, _images(engines[0], batch))
+        results = []
+        for model, engine in zip(models, engines, strict=True):
+            payload = _run(BenchJob(engine=str(engine), inputs=str(inputs), batch=batch, duration_s=seconds), folder)
+            results.append({"model": str(model), **payload})
+        comparison = None
+        if len(engines) > 1:
+            names = [str(engine) for engine in engines]
+            job = CompareJob(engines=names, inputs=str(inputs), batch=batch, duration_s=seconds * len(engines))
+            comparison = _run(job, folder)
+    return {"engines": results, "comparison": comparison}
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result as text."""
+    out = []
+    for engine in result["engines"]:
+        latency = engine["latency_ms"]
+        out.append(
+            f"{engine['model']} on {engine['backend']}: p50 {latency['p50']:.3f} ms, p90 {latency['p90']:.3f}, p99 {latency['p99']:.3f}; "
+            f"first {engine['first_ms']:.2f} ms; peak memory {engine['peak_memory_mib']:.0f} MiB; {engine['size_bytes'] / 1024:.0f} KiB"
+        )
+        out += [f"  warning: {warning}" for warning in engine["warnings"]]
+    if result["comparison"] is not None:
+        for ratio in result["comparison"]["ratios"]:
+            low, high = ratio["interval"]
+            name = result["engines"][ratio["engine"]]["model"]
+            out.append(f"{name}: {ratio['speedup']:.2f}x the first [{low:.2f}, {high:.2f}], interleaved: {ratio['verdict']}")
+    return out
+
+
+def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
+    if model.is_dir():
+        if not (model / "engine.json").exists():
+            raise BuildError(f"{model} is not an engine folder: it has no engine.json", hint="give an .onnx file or an engine folder of a run")
+        return model.resolve()
+    if not model.is_file():
+        raise BuildError(f"{model} does not exist", hint="give an .onnx file or an engine folder of a run")
+    folder.mkdir()
+    source = folder / "source"
+    source.mkdir()
+    io = model.with_name("io.json")
+    (source / "model.onnx").symlink_to(model.resolve())
+    (source / "io.json").write_text(io.read_text() if io.exists() else json.dumps(_describe(model)))
+    options: dict[str, Any] = {"name": backend}
+    if backend in ("onnxruntime", "openvino"):
+        options["threads"] = threads
+    options_from(options)
+    engine = folder / "engine"
+    engine.mkdir()
+    precision = json.loads((source / "io.json").read_text()).get("precision", "float32")
+    _run(BuildJob(model=str(source / "model.onnx"), backend=options, precision=precision, out=str(engine)), folder)
+    return engine
+
+
+def _describe(model: Path) -> dict[str, Any]:
+    """The io.json of a foreign ONNX file with one image input."""
+    import onnx
+
+    try:
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except Exception as error:
+        raise BuildError(f"{model} cannot be read as ONNX: {error}", hint="is the file whole?") from error
+    weights = {tensor.name for tensor in graph.initializer}
+
+    def spec(value: Any) -> dict[str, Any]:
+        tensor = value.type.tensor_type
+        shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+        return {"name": value.name, "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name, "shape": shape}
+
+    inputs = [spec(value) for value in graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(inputs[0]["shape"]) != 4 or inputs[0]["dtype"] != "float32" or -1 in inputs[0]["shape"][1:]:
+        raise BuildError(
+            f"{model} has the inputs {inputs}; one float32 image batch [N, C, H, W] with fixed C, H and W is expected",
+            hint="put an io.json beside the model (docs/architecture.md shows one)",
+        )
+    channels = inputs[0]["shape"][1]
+    preprocessing = {**PLAIN, "mean": [0.0] * channels, "std": [1.0] * channels}
+    return {"inputs": inputs, "outputs": [spec(value) for value in graph.output], "preprocessing": preprocessing}
+
+
+def _images(engine: Path, batch: int) -> np.ndarray[Any, Any]:
+    """The run's own images where the engine belongs to one, else random ones of the right size."""
+    found = sorted((engine.parent / "inputs").glob("bench-*.npy"))
+    if found:
+        return np.load(found[0], allow_pickle=False)
+    channels, height, width = json.loads((engine / "io.json").read_text())["inputs"][0]["shape"][1:]
+    return np.random.default_rng(0).integers(0, 256, (max(8, batch), height, width, channels), dtype=np.uint8)
+
+
+def _run(job: Any, folder: Path) -> dict[str, Any]:
+    result: JobResult = Local().run(job, folder)
+    if result.status != "ok":
+        raise EdgekdError(result.error or result.reason, hint=result.hint)
+    return result.payload

@@ -1,0 +1,91 @@
+"""One class per image.
+
+Shape letters: N images, B images of a batch, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from edgekd._config import Config
+from edgekd.errors import DataError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class ClassificationConfig(Config):
+    """One class per image."""
+
+    kind: Literal["classification"] = "classification"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the label's weight that is spread evenly over all classes."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy, and accuracy in 0..1."""
+
+    label_smoothing: float = 0.0
+
+    kind: ClassVar[str] = "classification"
+    metric_name: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+    output_names: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, averaged over the batch.
+
+        Args:
+            logits: [B, K], before softmax.
+            labels: int64 [B].
+        """
+        # float32 under autocast too: the exponentials lose too much in 16 bits
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+    def new_metric(self) -> Metric:
+        """The share of images whose largest logit is the label's."""
+        from torchmetrics.classification import MulticlassAccuracy  # more than a second to import
+
+        # labels are checked when data is loaded; checking every batch would wait for the device
+        return MulticlassAccuracy(average="micro", validate_args=False)
+
+    def evaluate(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[np.int64]) -> float:
+        """Accuracy of an engine's outputs.
+
+        Args:
+            outputs: ``logits``, [N, K].
+            labels: int64 [N].
+
+        Raises:
+            DataError: There is no such output, it has another shape, or it is not finite.
+        """
+        if "logits" not in outputs:
+            raise DataError(f"expected an output 'logits'; the engine gave {', '.join(outputs) or 'none'}")
+        logits = outputs["logits"]
+        if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] <= labels.max():
+            classes = f"at least {labels.max() + 1} classes"
+            raise DataError(f"the output 'logits' has shape {list(logits.shape)}; expected [{len(labels)} images, {classes}]")
+        if bad := int(logits.size - np.isfinite(logits).sum()):
+            raise DataError(
+                f"{bad} of {logits.size} values of the output 'logits' are not finite", hint="use a precision with a wider range"
+            )
+        metric = self.new_metric()
+        # engine outputs are whole already: under torchrun they may not be added up over processes
+        metric.sync_on_compute = False
+        # copies: torch warns of arrays that it may not write to
+        metric.update(torch.from_numpy(np.array(logits, dtype=np.float32)), torch.from_numpy(np.array(labels)))
+        return float(metric.compute())
+
+    def decisions(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The class of each image: int64 [N] from [N, K]."""
+        return np.argmax(logits, axis=1)

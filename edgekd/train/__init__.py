@@ -1,0 +1,1 @@
+"""Training: one loop, on Lightning Fabric, for every stage that changes weights."""

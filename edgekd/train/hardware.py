@@ -1,0 +1,73 @@
+"""Where training runs: the recipe's ``compute`` section, and the Fabric made from it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from edgekd._config import Config
+from edgekd.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class ComputeConfig(Config):
+    """Where and how training runs. Engines are measured elsewhere: see ``deploy``."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA GPU where there is one."""
+    devices: int = Field(1, ge=1, le=1024)
+    """Processes in all, one per GPU or CPU share. More than one is started by torchrun."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How several processes work together."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of the forward and backward pass; the weights stay float32."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """CPU threads per process; null leaves torch's choice. Another number of threads gives other last bits."""
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among them; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_processes(config: ComputeConfig, command: str) -> None:
+    """Refuse a recipe whose number of processes differs from what was started.
+
+    Raises:
+        RecipeError: With the torchrun command to use instead.
+    """
+    if config.devices != world_size():
+        hint = (
+            f"start it with: torchrun --nproc-per-node {config.devices} -m {command}"
+            if config.devices > 1
+            else f"set compute.devices to {world_size()}, or start it without torchrun"
+        )
+        raise RecipeError(f"compute.devices is {config.devices}, but {world_size()} process(es) were started", hint=hint)
+
+
+def make_fabric(config: ComputeConfig) -> Fabric:
+    """The Fabric of this run, launched (under torchrun: with its process group)."""
+    import torch
+    from lightning_fabric import Fabric
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    nodes = max(1, world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))))
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=max(1, config.devices // nodes),
+        num_nodes=nodes,
+        strategy="ddp" if config.strategy == "auto" and config.devices > 1 else config.strategy,
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric

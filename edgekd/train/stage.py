@@ -1,0 +1,116 @@
+"""What a stage gets and gives, and the plainest one: ``finetune``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from edgekd import models
+from edgekd._config import Config
+from edgekd.data.augment import AugmentConfig
+from edgekd.data.base import Dataset
+from edgekd.models.config import ModelConfig
+from edgekd.nn.layers import layer_table
+from edgekd.tasks.base import Task
+from edgekd.train.checkpoint import Architecture, Loaded, build_float
+from edgekd.train.hardware import ComputeConfig, make_fabric
+from edgekd.train.loop import Setting, train
+from edgekd.train.optim import TrainConfig
+from edgekd.train.step import TaskOnly
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass
+class Context:
+    """What every stage of a run shares."""
+
+    compute: ComputeConfig
+    task: Task
+    dataset: Dataset
+    augment: AugmentConfig
+    seed: int
+    search: tuple[Path, ...]
+    """Folders in which a recipe's relative paths are looked up."""
+    logs: Path
+    """Folder of the TensorBoard logs."""
+    teacher: Callable[[], Loaded] | None = None
+    """Loads the teacher; None where the recipe has none."""
+    on_epoch: Callable[[str, int, dict[str, Any]], None] = field(default=lambda title, epochs, record: None)
+    on_step: Callable[[str, int, int, int], None] = field(default=lambda title, done, total, images: None)
+    _fabric: Fabric | None = None
+
+    @property
+    def fabric(self) -> Fabric:
+        """Made when a stage first trains: a run whose artifacts are all there never imports it."""
+        if self._fabric is None:
+            self._fabric = make_fabric(self.compute)
+        return self._fabric
+
+    def setting(self, title: str, work: Path, epochs: int) -> Setting:
+        """The loop's view of this run."""
+        return Setting(
+            fabric=self.fabric,
+            task=self.task,
+            dataset=self.dataset,
+            augment=self.augment,
+            seed=self.seed,
+            work=work,
+            log=self.logs / title,
+            title=title,
+            on_epoch=lambda record: self.on_epoch(title, epochs, record),
+            on_step=lambda done, total, images: self.on_step(title, done, total, images),
+        )
+
+
+@dataclass
+class Trained:
+    """What a stage gives back to the pipeline, which evaluates and stores it."""
+
+    loaded: Loaded
+    history: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+
+
+def fresh(config: ModelConfig, context: Context) -> Loaded:
+    """A new model: its initial weights come from the recipe's seed, or from the file that the recipe names.
+
+    Raises:
+        DataError: The weights file is missing or does not fit.
+    """
+    from edgekd.data.paths import find
+
+    data = context.dataset
+    torch.manual_seed(context.seed)
+    loaded = build_float(Architecture(config.model_dump(mode="json"), data.num_classes, data.channels, data.height, data.width))
+    if config.weights is not None:
+        models.load_weights(loaded.module, find(config.weights, context.search))
+    return loaded
+
+
+class FinetuneConfig(Config):
+    """Train on the labels alone."""
+
+    kind: Literal["finetune"]
+    train: TrainConfig
+    """Budget and optimizer."""
+
+
+def run(config: FinetuneConfig, source: Loaded, context: Context, *, title: str, work: Path) -> Trained:
+    """Train the source model on the labels.
+
+    Args:
+        config: The stage's section of the recipe.
+        source: The model to go on from.
+        context: The run.
+        title: Names the training in progress bars and logs.
+        work: Folder of the training state.
+    """
+    setting = context.setting(title, work, config.train.epochs)
+    history = train(student=source.module, objective=TaskOnly(), config=config.train, setting=setting)
+    return Trained(source, history, layer_table(source.module))

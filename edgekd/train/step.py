@@ -1,0 +1,182 @@
+"""What one training step sees and does.
+
+Shape letters: B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.errors import TrainingError
+from edgekd.nn.taps import capture
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from edgekd.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gave for one batch."""
+
+    logits: Tensor
+    """[B, classes] for classification, before softmax."""
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+    """Role -> tensor, for the roles that the objective asked for."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """All that a loss term may look at."""
+
+    images: Tensor
+    """float32 [B, C, H, W], normalised."""
+    labels: Tensor
+    """int64 [B], the ground truth."""
+    student: Outputs
+    teacher: Outputs | None
+    step: int
+    """Optimizer steps done so far in this stage."""
+    epoch: int
+
+
+class Objective(Protocol):
+    """What a stage trains towards beside the task: a Distiller, or nothing. It is an nn.Module; its parameters are trained too."""
+
+    student_taps: tuple[str, ...]
+    teacher_taps: tuple[str, ...]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained beside the student."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the training state."""
+
+    def losses(self, step: StepInputs) -> dict[str, Tensor]:
+        """Named scalars, already weighted; the loop adds them up."""
+
+    def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """One optimizer step on one batch; the default is :func:`train_step`."""
+
+
+class TaskOnly(nn.Module):
+    """The objective of plain training: the task loss and nothing else."""
+
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+
+    def losses(self, step: StepInputs) -> dict[str, Tensor]:  # noqa: ARG002
+        """No terms."""
+        return {}
+
+    def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """The default step."""
+        return train_step(state, images, labels)
+
+
+@dataclass
+class TrainState:
+    """The moving parts of a training, handed to ``train_step``."""
+
+    fabric: Fabric
+    task: Task
+    student: nn.Module
+    """As Fabric wrapped it: call it to get logits."""
+    inner: nn.Module
+    """The student itself: its parameters, its taps."""
+    teacher: nn.Module | None
+    objective: Objective
+    student_taps: Mapping[str, str]
+    """Role -> module path in the unwrapped student."""
+    teacher_taps: Mapping[str, str]
+    optimizer: torch.optim.Optimizer
+    task_weight: float = 1.0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    step: int = 0
+    epoch: int = 0
+
+
+def forward(state: TrainState, images: Tensor, labels: Tensor) -> StepInputs:
+    """Run the student, and the teacher without gradients, and collect the taps that the objective asked for."""
+    teacher = None
+    if state.teacher is not None:
+        with torch.no_grad(), state.fabric.autocast(), capture(state.teacher, state.teacher_taps) as taps:
+            teacher = Outputs(state.teacher(images), taps)
+    with capture(state.inner, state.student_taps) as taps:
+        student = Outputs(state.student(images), taps)
+    return StepInputs(images, labels, student, teacher, state.step, state.epoch)
+
+
+def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """One optimizer step: forward, named terms, backward, clip, step.
+
+    The batch is cut into ``state.accumulate`` parts whose gradients add up to the gradient of the whole batch.
+
+    Returns:
+        The value of every term, averaged over the parts.
+
+    Raises:
+        TrainingError: A term is not finite; the message names it.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    parts = list(zip(images.chunk(state.accumulate), labels.chunk(state.accumulate), strict=True))
+    for number, (part_images, part_labels) in enumerate(parts, 1):
+        with _no_sync(state, number < len(parts)):
+            inputs = forward(state, part_images, part_labels)
+            with state.fabric.autocast():
+                terms = {"task": state.task_weight * state.task.loss(inputs.student.logits, part_labels)}
+                terms.update(state.objective.losses(inputs))
+            share = len(part_images) / len(images)
+            for name, value in finite(terms, state).items():
+                sums[name] = sums.get(name, 0.0) + share * value
+            state.fabric.backward(share * torch.stack([term.float() for term in terms.values()]).sum())
+    _average_objective_gradients(state)
+    if state.clip_norm is not None:
+        state.fabric.clip_gradients(state.student, state.optimizer, max_norm=state.clip_norm, error_if_nonfinite=False)
+    state.optimizer.step()
+    return sums
+
+
+def finite(terms: Mapping[str, Tensor], state: TrainState) -> dict[str, float]:
+    """The terms as numbers.
+
+    Raises:
+        TrainingError: One of them is not finite.
+    """
+    # One transfer for all terms: on a GPU every .item() would wait for the device.
+    values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist(), strict=True))
+    for name, value in values.items():
+        if not -float("inf") < value < float("inf"):
+            others = ", ".join(f"{other} {values[other]:.4g}" for other in values if other != name)
+            raise TrainingError(
+                f"term {name!r} is {value} in epoch {state.epoch + 1}, step {state.step} (the others: {others or 'none'})",
+                hint="lower train.lr, set train.clip_norm, or train in precision 32-true",
+            )
+    return values
+
+
+def _average_objective_gradients(state: TrainState) -> None:
+    """Do for the objective's parameters what DistributedDataParallel does for the student's."""
+    if state.fabric.world_size > 1:
+        for parameter in state.objective.parameters():
+            if parameter.grad is not None:
+                parameter.grad = state.fabric.all_reduce(parameter.grad, reduce_op="mean")
+
+
+@contextlib.contextmanager
+def _no_sync(state: TrainState, skip: bool) -> Iterator[None]:
+    if skip and state.fabric.world_size > 1:
+        with state.fabric.no_backward_sync(state.student):
+            yield
+    else:
+        yield
+

@@ -1,0 +1,33 @@
+"""Shared by all tests."""
+
+import os
+
+# before anything imports torch: one thread per test process
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_image_cache(tmp_path_factory):
+    """Tests neither read nor fill the user's cache of decoded images."""
+    before = os.environ.get("EDGEKD_CACHE")
+    os.environ["EDGEKD_CACHE"] = str(tmp_path_factory.mktemp("edgekd-cache"))
+    yield
+    if before is None:
+        del os.environ["EDGEKD_CACHE"]
+    else:
+        os.environ["EDGEKD_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """$EDGEKD_DATA, the folder of real data sets."""
+    value = os.environ.get("EDGEKD_DATA")
+    if not value:
+        pytest.skip("EDGEKD_DATA is not set")
+    if not Path(value).is_dir():
+        pytest.skip(f"EDGEKD_DATA is {value}, which is no folder")
+    return Path(value)
