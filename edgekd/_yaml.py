@@ -81,7 +81,9 @@ def load(file: Path) -> Document:
             problem, hint = "a tab is used as indentation", "indent with spaces"
         raise RecipeError(f"{file}:{line}:{column}: not valid YAML 1.2: {problem}", hint=hint) from error
     except RecursionError as error:
-        raise RecipeError(f"{file}: nested too deeply; at most {MAX_DEPTH} levels are allowed", hint="flatten the recipe") from error
+        raise RecipeError(
+            f"{file}: nested too deeply; at most {MAX_DEPTH} levels are allowed", hint="flatten the recipe"
+        ) from error
     except YAMLError as error:
         raise RecipeError(f"{file}: not valid YAML 1.2: {error}", hint="recipes are plain YAML text") from error
     if node is None:
@@ -97,14 +99,19 @@ def _read(file: Path) -> str:
     try:
         size = file.stat().st_size
         if not file.is_file():
-            raise RecipeError(f"{file} is not a file", hint="give the path of a recipe, for instance recipes/classification/quickstart.yaml")
+            raise RecipeError(
+                f"{file} is not a file", hint="give the path of a recipe, for instance recipes/classification/quickstart.yaml"
+            )
         if size > MAX_BYTES:
             raise RecipeError(
-                f"{file} has {size:,} bytes; a recipe has at most {MAX_BYTES:,}", hint="is this a recipe? data and weights are named by path"
+                f"{file} has {size:,} bytes; a recipe has at most {MAX_BYTES:,}",
+                hint="is this a recipe? data and weights are named by path",
             )
         raw = file.read_bytes()
     except FileNotFoundError as error:
-        raise RecipeError(f"{file} does not exist", hint="give the path of a recipe, for instance recipes/classification/quickstart.yaml") from error
+        raise RecipeError(
+            f"{file} does not exist", hint="give the path of a recipe, for instance recipes/classification/quickstart.yaml"
+        ) from error
     except OSError as error:
         raise RecipeError(f"{file} cannot be read: {error.strerror}", hint="check the path and its permissions") from error
     try:
@@ -128,7 +135,9 @@ def _scan(yaml: Any, text: str, file: Path) -> None:
     for event in yaml.parse(text):
         place = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}" if event.start_mark else str(file)
         if isinstance(event, AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise RecipeError(f"{place}: anchors and aliases (& and *) are not allowed in recipes", hint="write the value out where it is used")
+            raise RecipeError(
+                f"{place}: anchors and aliases (& and *) are not allowed in recipes", hint="write the value out where it is used"
+            )
         if isinstance(event, DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -136,7 +145,9 @@ def _scan(yaml: Any, text: str, file: Path) -> None:
         if isinstance(event, MappingStartEvent | SequenceStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise RecipeError(f"{place}: nested too deeply; at most {MAX_DEPTH} levels are allowed", hint="flatten the recipe")
+                raise RecipeError(
+                    f"{place}: nested too deeply; at most {MAX_DEPTH} levels are allowed", hint="flatten the recipe"
+                )
         elif type(event).__name__ in ("MappingEndEvent", "SequenceEndEvent"):
             depth -= 1
 
@@ -165,7 +176,8 @@ def _mapping(node: Any, path: Path_, places: dict[Path_, Place], file: Path, yam
         inner = (*path, key)
         if key in result:
             raise RecipeError(
-                f"{where}: {dotted(inner)}: duplicate key; it is already given in line {places[inner].line}", hint="remove one of the two"
+                f"{where}: {dotted(inner)}: duplicate key; it is already given in line {places[inner].line}",
+                hint="remove one of the two",
             )
         places[inner] = place
         result[key] = _plain(value_node, inner, places, file, yaml)

@@ -53,7 +53,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,  # noqa: ARG001
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
 
@@ -61,8 +61,12 @@ def _options(
 @app.command(epilog="Example: edgekd compress recipes/classification/quickstart.yaml --out runs/first")
 def compress(
     recipe: RecipeFile,
-    out: Annotated[Path | None, typer.Option(help="The run directory; finished work in it is reused.", show_default="runs/NAME")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps per training on a few images: does the recipe run at all?")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; finished work in it is reused.", show_default="runs/NAME")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Two steps per training on a few images: does the recipe run at all?")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
     """Run a recipe: train, distil, prune, quantize, export, build engines, measure, report.
@@ -91,7 +95,9 @@ def compress(
     print("\n".join(report.lines(outcome.report)))
     print(f"\nreport: {folder / 'report' / 'report.html'}")
     if outcome.failures:
-        raise EdgekdError("\n".join(["the run finished, but not every engine:", *outcome.failures]), hint="the report has the reasons")
+        raise EdgekdError(
+            "\n".join(["the run finished, but not every engine:", *outcome.failures]), hint="the report has the reasons"
+        )
 
 
 @app.command(epilog="Example: edgekd validate recipes/classification/quickstart.yaml")

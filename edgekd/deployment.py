@@ -24,8 +24,8 @@ from edgekd.errors import EdgekdError
 from edgekd.export import stage as export_stage
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
 from edgekd.recipe import DeployConfig, Recipe
-from edgekd.tasks.base import Task
 from edgekd.targets.local import Local
+from edgekd.tasks.base import Task
 
 EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxslim")
 BENCH_IMAGES = 64
@@ -88,7 +88,9 @@ class Deployment:
             partial.replace(path)
         return path
 
-    def _cell(self, entry: DeployConfig, role: str, precision: str, checkpoint: Checkpoint, inputs: dict[str, Path]) -> dict[str, Any]:
+    def _cell(
+        self, entry: DeployConfig, role: str, precision: str, checkpoint: Checkpoint, inputs: dict[str, Path]
+    ) -> dict[str, Any]:
         options = options_dict(entry.backend)
         cell: dict[str, Any] = {
             "backend": options,
@@ -156,7 +158,9 @@ class Deployment:
         def fill(folder: Path) -> dict[str, Any]:
             self.display.say(f"building {entry.backend.name} {precision} ({role})")
             start = time.monotonic()
-            result = self._job(BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=precision, out=str(folder)))
+            result = self._job(
+                BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=precision, out=str(folder))
+            )
             size = sum(path.stat().st_size for path in folder.iterdir() if path.name in result.payload["files"])
             return {"size_bytes": size, "build_s": round(time.monotonic() - start, 3), "fingerprint": fingerprint}
 
@@ -172,7 +176,14 @@ class Deployment:
             folder_name = str(engine.folder)
             bench = self._job(BenchJob(engine=folder_name, inputs=str(images["bench"]), **config)).payload
             outputs = self.store.root / "work" / "job" / "outputs.npz"
-            self._job(PredictJob(engine=folder_name, inputs=str(images["predict"]), out=str(outputs), batch=min(32, len(self.dataset.test.labels))))
+            self._job(
+                PredictJob(
+                    engine=folder_name,
+                    inputs=str(images["predict"]),
+                    out=str(outputs),
+                    batch=min(32, len(self.dataset.test.labels)),
+                )
+            )
             with np.load(outputs, allow_pickle=False) as arrays:
                 value = self.task.evaluate(dict(arrays), self.dataset.test.labels)
             outputs.unlink()

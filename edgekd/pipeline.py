@@ -117,7 +117,9 @@ class Run:
             students = self.train()
             if rank() != 0:
                 return Outcome({}, self.store.root, [])
-            deployment = Deployment(self.recipe, self.store, self.dataset, self.task, self.record, self.display, self.save, self.order)
+            deployment = Deployment(
+                self.recipe, self.store, self.dataset, self.task, self.record, self.display, self.save, self.order
+            )
             deployment.run(students)
         except EdgekdError as error:
             if rank() == 0:
@@ -125,11 +127,19 @@ class Run:
                 self.finish()
             raise
         summary = self.finish()
-        failures = [f"{cell['backend_name']} {cell['precision']}: {cell['reason']}" for cell in self.record["cells"] if cell["status"] == "failed"]
+        failures = [
+            f"{cell['backend_name']} {cell['precision']}: {cell['reason']}"
+            for cell in self.record["cells"]
+            if cell["status"] == "failed"
+        ]
         budget = self.record["budget"]
         if budget is not None and not budget["ok"]:
-            missed = ", ".join(f"{c['limit']} {c['measured']:.4g} (allowed {c['allowed']:.4g})" for c in budget["checks"] if not c["ok"])
-            raise BudgetExceeded(f"over budget: {missed or 'no engine was measured'}", hint=f"see {self.store.root}/report/report.md")
+            missed = ", ".join(
+                f"{c['limit']} {c['measured']:.4g} (allowed {c['allowed']:.4g})" for c in budget["checks"] if not c["ok"]
+            )
+            raise BudgetExceeded(
+                f"over budget: {missed or 'no engine was measured'}", hint=f"see {self.store.root}/report/report.md"
+            )
         return Outcome(summary, self.store.root, failures)
 
     def rehearse(self) -> None:
@@ -167,7 +177,12 @@ class Run:
     def _teacher_checkpoint(self, config: TeacherConfig) -> Checkpoint:
         if config.train is not None:
             return self._stage(
-                FinetuneConfig(kind="finetune", train=config.train), None, None, role="teacher", name="teacher", model=config.model
+                FinetuneConfig(kind="finetune", train=config.train),
+                None,
+                None,
+                role="teacher",
+                name="teacher",
+                model=config.model,
             )
         return self._checkpoint(
             {"weights only": True},
@@ -179,7 +194,14 @@ class Run:
         )
 
     def _stage(
-        self, stage: Any, source: Checkpoint | None, teacher: Checkpoint | None, *, role: str, name: str, model: ModelConfig | None = None
+        self,
+        stage: Any,
+        source: Checkpoint | None,
+        teacher: Checkpoint | None,
+        *,
+        role: str,
+        name: str,
+        model: ModelConfig | None = None,
     ) -> Checkpoint:
         model = model or self.recipe.student.model
         uses_teacher = getattr(stage, "method", None) is not None and getattr(stage, "teacher", "teacher") == "teacher"
@@ -249,9 +271,21 @@ class Run:
         metric = evaluate(loaded.module, self.dataset.test, setting)
         loaded.module.to("cpu")
         if context.fabric.is_global_zero:
-            environment = {"edgekd": __version__, "libraries": versions, "device": str(context.fabric.device), "threads": _threads()}
+            environment = {
+                "edgekd": __version__,
+                "libraries": versions,
+                "device": str(context.fabric.device),
+                "threads": _threads(),
+            }
             with self.store.draft(
-                id=id, order=self.order, kind="checkpoint", stage=name, role=role, parents=parents, config=config, environment=environment
+                id=id,
+                order=self.order,
+                kind="checkpoint",
+                stage=name,
+                role=role,
+                parents=parents,
+                config=config,
+                environment=environment,
             ) as draft:
                 checkpoints.save(draft.folder, loaded.module, loaded.architecture, trained.history)
                 shape = tuple(loaded.architecture.example().shape[1:])
@@ -268,7 +302,9 @@ class Run:
         self.display.trained(name, self.task.metric_name, metric, time.monotonic() - start)
         found = self.store.peek(id)
         if found is None:
-            raise ArtifactError(f"the checkpoint {name} was written and is not there", hint="is another program writing to the run directory?")
+            raise ArtifactError(
+                f"the checkpoint {name} was written and is not there", hint="is another program writing to the run directory?"
+            )
         return found
 
     def _note(self, artifact: Artifact, name: str, role: str, start: float, status: str) -> None:

@@ -165,14 +165,16 @@ def parse(document: Document) -> Recipe:
 
 def _error(document: Document, problems: list[Problem]) -> RecipeError:
     unique = {(problem.path, problem.message): problem for problem in problems}
-    ordered = sorted(unique.values(), key=lambda problem: (document.place(problem.path).line, document.place(problem.path).column))
+    ordered = sorted(
+        unique.values(), key=lambda problem: (document.place(problem.path).line, document.place(problem.path).column)
+    )
     lines = [document.located(problem.path, problem.message) for problem in ordered]
     hints = list(dict.fromkeys(problem.hint for problem in ordered if problem.hint))
     return RecipeError("\n".join(lines), hint="; ".join(hints) or "edgekd schema prints all keys and their types")
 
 
 def _problem(found: Any, data: Any, schema: dict[str, Any]) -> Problem:
-    """pydantic's error in a reader's words."""
+    """Pydantic's error in a reader's words."""
     path, allowed = _resolve(found["loc"], data, schema)
     kind, context, given = found["type"], found.get("ctx", {}), found.get("input")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -183,7 +185,10 @@ def _problem(found: Any, data: Any, schema: dict[str, Any]) -> Problem:
     if kind == "union_tag_invalid":
         key = str(context["discriminator"]).strip("'")
         choices = [choice.strip(" '") for choice in str(context["expected_tags"]).split(",")]
-        return Problem((*path, key), f"unknown value {context['tag']!r}{nearest(str(context['tag']), choices)}; allowed: {', '.join(choices)}")
+        return Problem(
+            (*path, key),
+            f"unknown value {context['tag']!r}{nearest(str(context['tag']), choices)}; allowed: {', '.join(choices)}",
+        )
     if kind == "union_tag_not_found":
         return Problem(path, f"required key {context['discriminator']} is missing")
     if kind == "literal_error":
@@ -208,9 +213,11 @@ def _resolve(loc: tuple[Any, ...], data: Any, schema: dict[str, Any]) -> tuple[P
     for number, part in enumerate(loc):
         node = _follow(node, schema, data)
         last = number == len(loc) - 1
-        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data))
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
         properties = node.get("properties", {})
-        if inside or last and (part in properties or isinstance(data, dict)):
+        if inside or (last and (part in properties or isinstance(data, dict))):
             allowed = list(properties)
             path.append(part)
             data = data[part] if inside else None
@@ -252,14 +259,28 @@ def _check_teacher(recipe: Recipe) -> list[Problem]:
         own = isinstance(stage, QuantizeConfig) and stage.teacher == "float"
         if method is not None and teacher is None and not own:
             problems.append(
-                Problem(("stages", number, "method"), f"the method {method.name!r} needs a teacher, and the recipe has none", "add a teacher section")
+                Problem(
+                    ("stages", number, "method"),
+                    f"the method {method.name!r} needs a teacher, and the recipe has none",
+                    "add a teacher section",
+                )
             )
         if isinstance(stage, QuantizeConfig) and stage.teacher == "teacher" and teacher is None and method is None:
-            problems.append(Problem(("stages", number, "teacher"), "the recipe has no teacher", "add a teacher section, or remove this key"))
+            problems.append(
+                Problem(("stages", number, "teacher"), "the recipe has no teacher", "add a teacher section, or remove this key")
+            )
     if teacher is not None and teacher.train is None and teacher.model.weights is None:
-        problems.append(Problem(("teacher",), "an untrained teacher: give model.weights or train", "name a weights file, or give teacher.train"))
+        problems.append(
+            Problem(
+                ("teacher",), "an untrained teacher: give model.weights or train", "name a weights file, or give teacher.train"
+            )
+        )
     if "student_alone" in recipe.compare and not any(isinstance(stage, DistillConfig) for stage in recipe.stages):
-        problems.append(Problem(("compare",), "student_alone needs a distill stage, whose budget it takes", "remove it, or add a distill stage"))
+        problems.append(
+            Problem(
+                ("compare",), "student_alone needs a distill stage, whose budget it takes", "remove it, or add a distill stage"
+            )
+        )
     return problems
 
 
@@ -271,11 +292,19 @@ def _check_order(recipe: Recipe) -> list[Problem]:
         path: Path_ = ("stages", number, "kind")
         if quantized:
             problems.append(
-                Problem(path, f"{stage.kind} comes after quantize; a quantized model is final", "put quantize last; it takes a method of its own")
+                Problem(
+                    path,
+                    f"{stage.kind} comes after quantize; a quantized model is final",
+                    "put quantize last; it takes a method of its own",
+                )
             )
         elif isinstance(stage, PruneConfig | QuantizeConfig) and not trained:
             problems.append(
-                Problem(path, f"{stage.kind} needs a trained student", "put a finetune or distill stage before it, or give student.model.weights")
+                Problem(
+                    path,
+                    f"{stage.kind} needs a trained student",
+                    "put a finetune or distill stage before it, or give student.model.weights",
+                )
             )
         trained = True
         quantized = quantized or isinstance(stage, QuantizeConfig)
@@ -292,7 +321,13 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
             if reason:
                 problems.append(Problem(path, f"{entry.backend.name} cannot run {precision}: {reason}"))
             elif precision == "int8" and not quantized:
-                problems.append(Problem(path, "int8 needs a quantized student, and no stage quantizes it", "add a quantize stage, or deploy float32"))
+                problems.append(
+                    Problem(
+                        path,
+                        "int8 needs a quantized student, and no stage quantizes it",
+                        "add a quantize stage, or deploy float32",
+                    )
+                )
             if precision in entry.precision[:index]:
                 problems.append(Problem(path, f"{precision} is given twice"))
         for index, role in enumerate(entry.models):
@@ -302,7 +337,13 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
             if role == "student_alone" and "student_alone" not in recipe.compare:
                 problems.append(Problem(path, "student_alone is not trained", "add compare: [student_alone]"))
             if role != "student" and not set(entry.precision) - {"int8"}:
-                problems.append(Problem(path, f"{role} is deployed in float only, and this entry asks for int8 only", "add float32 to its precision"))
+                problems.append(
+                    Problem(
+                        path,
+                        f"{role} is deployed in float only, and this entry asks for int8 only",
+                        "add float32 to its precision",
+                    )
+                )
     return problems
 
 
@@ -314,9 +355,13 @@ def _check_budget(recipe: Recipe) -> list[Problem]:
     if not any("student" in entry.models for entry in recipe.deploy):
         problems.append(Problem(("budget",), "a budget needs a deployed student", "add a deploy entry for the student"))
     if all(value is None for value in budget.model_dump().values()):
-        problems.append(Problem(("budget",), "the budget has no limit", "give one of latency_ms, size_mib, memory_mib, accuracy_drop"))
+        problems.append(
+            Problem(("budget",), "the budget has no limit", "give one of latency_ms, size_mib, memory_mib, accuracy_drop")
+        )
     if budget.accuracy_drop is not None and recipe.teacher is None:
-        problems.append(Problem(("budget", "accuracy_drop"), "accuracy_drop is measured against the teacher, and the recipe has none"))
+        problems.append(
+            Problem(("budget", "accuracy_drop"), "accuracy_drop is measured against the teacher, and the recipe has none")
+        )
     return problems
 
 

@@ -72,7 +72,9 @@ def lines(result: dict[str, Any]) -> list[str]:
 def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
     if model.is_dir():
         if not (model / "engine.json").exists():
-            raise BuildError(f"{model} is not an engine folder: it has no engine.json", hint="give an .onnx file or an engine folder of a run")
+            raise BuildError(
+                f"{model} is not an engine folder: it has no engine.json", hint="give an .onnx file or an engine folder of a run"
+            )
         return model.resolve()
     if not model.is_file():
         raise BuildError(f"{model} does not exist", hint="give an .onnx file or an engine folder of a run")
@@ -106,7 +108,11 @@ def _describe(model: Path) -> dict[str, Any]:
     def spec(value: Any) -> dict[str, Any]:
         tensor = value.type.tensor_type
         shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-        return {"name": value.name, "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name, "shape": shape}
+        return {
+            "name": value.name,
+            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name,
+            "shape": shape,
+        }
 
     inputs = [spec(value) for value in graph.input if value.name not in weights]
     if len(inputs) != 1 or len(inputs[0]["shape"]) != 4 or inputs[0]["dtype"] != "float32" or -1 in inputs[0]["shape"][1:]:

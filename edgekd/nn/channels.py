@@ -25,7 +25,9 @@ def channel_plan(module: nn.Module) -> dict[str, Any]:
     for path, part in module.named_modules():
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         shapes = {name: list(tensor.shape) for name, tensor in tensors}
-        attributes = {name: _plain(getattr(part, name)) for name in ATTRIBUTES if isinstance(getattr(part, name, None), int | tuple)}
+        attributes = {
+            name: _plain(getattr(part, name)) for name in ATTRIBUTES if isinstance(getattr(part, name, None), int | tuple)
+        }
         if shapes or attributes:
             plan[path] = {"attributes": attributes, "shapes": shapes}
     return plan

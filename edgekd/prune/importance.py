@@ -91,4 +91,3 @@ def _outputs(module: nn.Module, size: int) -> list[nn.Module]:
     layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     last = layers[-1:]
     return [part for part in last if isinstance(part, nn.Linear) or part.out_channels == size] or last
-

@@ -235,7 +235,9 @@ def _frozen(fabric: Fabric, teacher: nn.Module | None) -> nn.Module | None:
     return teacher.requires_grad_(False)
 
 
-def _save(setting: Setting, student: nn.Module, state: TrainState, average: Average | None, history: list[dict[str, Any]]) -> None:
+def _save(
+    setting: Setting, student: nn.Module, state: TrainState, average: Average | None, history: list[dict[str, Any]]
+) -> None:
     """Write the state whole or not at all; only the first process writes."""
     if setting.fabric.is_global_zero:
         setting.work.mkdir(parents=True, exist_ok=True)

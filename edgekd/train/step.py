@@ -179,4 +179,3 @@ def _no_sync(state: TrainState, skip: bool) -> Iterator[None]:
             yield
     else:
         yield
-

@@ -57,7 +57,11 @@ def build(num_classes=10, in_channels=3, **section):
 @pytest.mark.parametrize(
     ("section", "message", "hint"),
     [
-        ({"name": "resnet8", "arguments": {"widht": 2}}, r"'resnet8' has no argument 'widht' \(did you mean 'width'\?\)", "width"),
+        (
+            {"name": "resnet8", "arguments": {"widht": 2}},
+            r"'resnet8' has no argument 'widht' \(did you mean 'width'\?\)",
+            "width",
+        ),
         ({"name": "vgg8", "arguments": {"width": 2}}, "'vgg8' has no argument 'width'", "none"),
         ({"name": "resnet8", "arguments": {"num_classes": 2}}, "num_classes follows from the data", "remove num_classes"),
         ({"name": "resnet8", "arguments": {"width": "wide"}}, "cannot be built with arguments.*'wide'", "width"),
@@ -124,7 +128,9 @@ def test_user_taps(users_module):
 @pytest.mark.parametrize("place", ["layer.1", "layer.1@input"])
 def test_tap_that_does_not_exist(users_module, place):
     section = {"name": "callable", "call": f"{users_module}:build"}
-    with pytest.raises(RecipeError, match=r"tap 'stage1': the model has no module 'layer.1' \(did you mean 'layers.1'\?\)") as caught:
+    with pytest.raises(
+        RecipeError, match=r"tap 'stage1': the model has no module 'layer.1' \(did you mean 'layers.1'\?\)"
+    ) as caught:
         models.taps(ModelConfig(**section, taps={"stage1": place}), build(**section))
     assert "layers, head" in caught.value.hint
 

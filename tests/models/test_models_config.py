@@ -6,7 +6,9 @@ from pydantic import ValidationError
 from edgekd.models.config import ModelConfig
 
 
-@pytest.mark.parametrize("name", ["resnet20", "shufflenetv2", "timm:resnet18", "torchvision:mobilenet_v2", "timm:anything_at_all"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", "shufflenetv2", "timm:resnet18", "torchvision:mobilenet_v2", "timm:anything_at_all"]
+)
 def test_accepts_known_names_without_building(name):
     assert ModelConfig(name=name).name == name
 
@@ -40,7 +42,9 @@ def test_refuses(section, location, words):
 
 
 def test_is_frozen_and_survives_json():
-    config = ModelConfig(name="callable", call="a.b:c", arguments={"sizes": [1, 2]}, taps={"stem": "layers.0"}, weights="w.safetensors")
+    config = ModelConfig(
+        name="callable", call="a.b:c", arguments={"sizes": [1, 2]}, taps={"stem": "layers.0"}, weights="w.safetensors"
+    )
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValidationError, match="frozen"):
         config.name = "resnet8"

@@ -87,7 +87,10 @@ def test_module_called_twice_leaves_its_last_call():
 
 
 def test_what_is_no_tensor_is_refused():
-    with pytest.raises(RecipeError, match="tap 'both' at 'pair' must be one tensor; it is tuple"), capture(Twice(), {"both": "pair"}):
+    with (
+        pytest.raises(RecipeError, match="tap 'both' at 'pair' must be one tensor; it is tuple"),
+        capture(Twice(), {"both": "pair"}),
+    ):
         Twice.__call__
         model = Twice()
         with capture(model, {"both": "pair"}):
