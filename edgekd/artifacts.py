@@ -9,8 +9,8 @@ A run directory looks like this::
       work/<id>/                   unfinished work of one artifact (training state), deleted once the artifact is there
       report/                      report.json, report.md, report.html
 
-The *id* is the sha256 of the inputs (what was asked, parents, data, versions); the *file hashes* in artifact.json say what came out.
-Same id and intact files: the artifact is reused. Standard library only: the deployment half reads artifacts too.
+The *id* is the sha256 of the inputs (what was asked, parents, data, versions); the *file hashes* in artifact.json say what came
+out. Same id and intact files: the artifact is reused. Standard library only: the deployment half reads artifacts too.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RecipeError(EdgekdError):
     """A recipe that cannot be run."""
 
 
-class MissingDependency(EdgekdError):
+class MissingDependency(EdgekdError):  # noqa: N818  # the package is missing; the error is what the base says
     """An optional package is needed and not installed."""
 
 
@@ -68,7 +68,7 @@ class TargetError(EdgekdError):
     """A target cannot be reached, or its worker died."""
 
 
-class BudgetExceeded(EdgekdError):
+class BudgetExceeded(EdgekdError):  # noqa: N818
     """The result misses the recipe's budget."""
 
 

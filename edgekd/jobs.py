@@ -85,8 +85,8 @@ _KINDS = {job.kind: job for job in (BuildJob, BenchJob, CompareJob, PredictJob)}
 class JobResult:
     """What the worker answers.
 
-    ``status`` is ``ok``, ``skipped`` (this machine cannot do it) or ``failed``. ``reason`` says why it is not ok, ``hint`` what to
-    do; a failure also has ``error`` (``BuildError: ...``, the type before the reason) and ``log_tail``.
+    ``status`` is ``ok``, ``skipped`` (this machine cannot do it) or ``failed``. ``reason`` says why it is not ok, ``hint`` what
+    to do; a failure also has ``error`` (``BuildError: ...``, the type before the reason) and ``log_tail``.
     """
 
     status: str
@@ -107,9 +107,11 @@ def read_job(path: Path) -> Job:
     """Read a job.
 
     Raises:
-        ValueError: Unknown kind, unknown or missing field, or a newer schema.
+        ValueError: Not a JSON object, unknown kind, unknown or missing field, or another schema.
     """
     data = json.loads(path.read_text())
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a job is a JSON object; received {type(data).__name__}")
     schema, kind = data.pop("schema", None), data.pop("kind", None)
     if schema != SCHEMA:
         raise ValueError(f"{path}: job schema {schema!r}; this worker reads schema {SCHEMA}")

@@ -56,9 +56,11 @@ def lines(result: dict[str, Any]) -> list[str]:
     out = []
     for engine in result["engines"]:
         latency = engine["latency_ms"]
+        memory = "unknown" if engine["peak_memory_mib"] is None else f"{engine['peak_memory_mib']:.0f} MiB"
         out.append(
-            f"{engine['model']} on {engine['backend']}: p50 {latency['p50']:.3f} ms, p90 {latency['p90']:.3f}, p99 {latency['p99']:.3f}; "
-            f"first {engine['first_ms']:.2f} ms; peak memory {engine['peak_memory_mib']:.0f} MiB; {engine['size_bytes'] / 1024:.0f} KiB"
+            f"{engine['model']} on {engine['backend']}: "
+            f"p50 {latency['p50']:.3f} ms, p90 {latency['p90']:.3f}, p99 {latency['p99']:.3f}; "
+            f"first {engine['first_ms']:.2f} ms; peak memory {memory}; {engine['size_bytes'] / 1024:.0f} KiB"
         )
         out += [f"  warning: {warning}" for warning in engine["warnings"]]
     if result["comparison"] is not None:

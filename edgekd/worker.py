@@ -58,7 +58,7 @@ def run(path: Path) -> JobResult:
     """Read a job's file and do it; every failure becomes a result."""
     try:
         job = read_job(path)
-    except (ValueError, OSError, AttributeError) as error:  # AttributeError: JSON, but no object
+    except (ValueError, OSError) as error:
         return _failed(error, f"the job {path} cannot be read: {error}", "write it with edgekd.jobs.write_job", "")
     try:
         return JobResult("ok", perform(job))

@@ -14,7 +14,7 @@ import numpy as np
 from edgekd.bench import host, sensors, stats
 from edgekd.engines import EngineInfo, backend, open_engine, read_engine, read_io
 from edgekd.engines.base import DYNAMIC, Array, Io, Session
-from edgekd.engines.preprocess import normalize
+from edgekd.engines.preprocess import check, normalize
 from edgekd.errors import DataError
 from edgekd.jobs import BenchJob
 
@@ -141,6 +141,7 @@ def make_feeds(images_NHWC: Array, io: Io) -> dict[str, Array]:
 
 def input_pool(images_NHWC: Array, io: Io, batch: int) -> list[dict[str, Array]]:
     """Ready batches of real images, at least one and at most ``POOL_MIB``; a short file is repeated."""
+    check(images_NHWC, io.preprocessing)  # all of them, so that a refusal tells the shape of the user's file and not of a batch
     size = images_NHWC[0].size * 4 * batch  # bytes as float32
     count = max(1, min(len(images_NHWC) // batch, POOL_MIB * 2**20 // size, 64))
     return [

@@ -66,6 +66,8 @@ def transform(images_BHWC: Tensor, config: AugmentConfig, choice: Draw) -> Tenso
         uint8 [B, H, W, C].
     """
     B, H, W, C = images_BHWC.shape
+    if B == 0:
+        return images_BHWC  # a process's share of a short last batch may be empty, and nothing can be unfolded
     if P := config.crop_padding_px:
         padded = F.pad(images_BHWC, (0, 0, P, P, P, P))
         # every run of W * C bytes that starts at a pixel, as a view: one index_select copies whole rows of the crops

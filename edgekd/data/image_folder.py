@@ -159,7 +159,9 @@ def _split_folder(root: Path, name: str, folder: str) -> Path:
         hint = {
             "val": "set data.splits.val: null to carve val_images out of train",
             "calib": "set data.splits.calib: null to carve calibration_images out of train",
-        }.get(name, "correct data.splits")
+        }.get(name, f"correct data.splits.{name}")
+        if ".." in Path(folder).parts:  # the folder may well be there, so doing without it is no remedy
+            hint = f"correct data.splits.{name}: name a folder under data.root, or give an absolute path"
         there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:8]) or "no folders"
         raise DataError(f"data.splits.{name}: {error.message}; {root} has {there}", hint) from error
     if not path.is_dir():

@@ -26,6 +26,20 @@ def normalize(images_NHWC: NDArray[np.uint8], preprocessing: Mapping[str, Any]) 
     Raises:
         DataError: The images are not uint8 [N, H, W, C], or C is not the number of means and standard deviations.
     """
+    check(images_NHWC, preprocessing)
+    mean, std = (np.asarray(preprocessing[key], np.float32) for key in ("mean", "std"))
+    scaled = images_NHWC.astype(np.float32) * np.float32(preprocessing["scale"])
+    scaled -= mean
+    scaled /= std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def check(images_NHWC: NDArray[Any], preprocessing: Mapping[str, Any]) -> None:
+    """Refuse images that the preprocessing does not fit, without reading a pixel.
+
+    Raises:
+        DataError: The images are not uint8 [N, H, W, C], or C is not the number of means and standard deviations.
+    """
     mean, std = (np.asarray(preprocessing[key], np.float32) for key in ("mean", "std"))
     if preprocessing.get("layout", "NCHW") != "NCHW":
         raise DataError(f"the model's layout is {preprocessing['layout']!r}; only NCHW is supported")
@@ -34,7 +48,3 @@ def normalize(images_NHWC: NDArray[np.uint8], preprocessing: Mapping[str, Any]) 
             f"expected images as uint8 [N, H, W, {mean.size}]; received {images_NHWC.dtype} {list(images_NHWC.shape)}",
             hint="save the images with numpy.save as uint8, channels last",
         )
-    scaled = images_NHWC.astype(np.float32) * np.float32(preprocessing["scale"])
-    scaled -= mean
-    scaled /= std
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

@@ -54,10 +54,7 @@ class Classification:
 
     def new_metric(self) -> Metric:
         """The share of images whose largest logit is the label's."""
-        from torchmetrics.classification import MulticlassAccuracy  # more than a second to import
-
-        # labels are checked when data is loaded; checking every batch would wait for the device
-        return MulticlassAccuracy(average="micro", validate_args=False)
+        return _accuracy(all_processes=True)
 
     def evaluate(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[np.int64]) -> float:
         """Accuracy of an engine's outputs.
@@ -79,9 +76,8 @@ class Classification:
             raise DataError(
                 f"{bad} of {logits.size} values of the output 'logits' are not finite", hint="use a precision with a wider range"
             )
-        metric = self.new_metric()
-        # engine outputs are whole already: under torchrun they may not be added up over processes
-        metric.sync_on_compute = False
+        # engine outputs are whole already, and one process alone evaluates them: under torchrun, adding up would wait for ever
+        metric = _accuracy(all_processes=False)
         # copies: torch warns of arrays that it may not write to
         metric.update(torch.from_numpy(np.array(logits, dtype=np.float32)), torch.from_numpy(np.array(labels)))
         return float(metric.compute())
@@ -89,3 +85,11 @@ class Classification:
     def decisions(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """The class of each image: int64 [N] from [N, K]."""
         return np.argmax(logits, axis=1)
+
+
+def _accuracy(*, all_processes: bool) -> Metric:
+    from torchmetrics.classification import MulticlassAccuracy  # more than a second to import
+
+    # Labels are checked when data is loaded; checking every batch would wait for the device. torchmetrics copies sync_on_compute
+    # when the metric is made: setting the attribute later changes nothing.
+    return MulticlassAccuracy(average="micro", validate_args=False, sync_on_compute=all_processes)

@@ -152,7 +152,7 @@ def test_modes(tmp_path):
     palette.save(tmp_path / "p.png", transparency=b"\x00" * 20)
     assert (decode_image(tmp_path / "p.png", 16, 3) == np.asarray(palette.convert("RGB"))).all()
     Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match="deep.png cannot be read as an image: its pixels have more than 8 bits"):
+    with pytest.raises(DataError, match=r"deep\.png cannot be read as an image: its pixels have more than 8 bits"):
         decode_image(tmp_path / "deep.png", 16, 3)
 
 
@@ -239,7 +239,7 @@ def test_memory_and_disk_agree_and_memory_writes_nothing(root):
 
 def test_a_cache_that_cannot_be_used(root, monkeypatch):
     (root.parent / "cache").write_text("a file")
-    with pytest.raises(DataError, match="the cache folder .* cannot be used") as caught:
+    with pytest.raises(DataError, match=r"the cache folder .* cannot be used") as caught:
         open_(root)
     assert "data.cache: memory" in caught.value.hint
     (root.parent / "cache").unlink()
@@ -315,14 +315,14 @@ def test_one_class(root):
 def test_a_class_without_images(root):
     for path in (root / "val" / "cat").iterdir():
         path.rename(path.with_suffix(".gif2"))
-    with pytest.raises(DataError, match="no images in .*val/cat; it has 3 other entries") as caught:
+    with pytest.raises(DataError, match=r"no images in .*val/cat; it has 3 other entries") as caught:
         open_(root)
     assert ".png" in caught.value.hint
 
 
 def test_an_empty_calib_folder(root):
     (root / "ranges").mkdir()
-    with pytest.raises(DataError, match="no images in .*ranges"):
+    with pytest.raises(DataError, match=r"no images in .*ranges"):
         open_(root, splits={"calib": "ranges"})
 
 
@@ -360,7 +360,7 @@ def test_one_file_in_two_splits_is_refused(root, link):
     else:
         shutil.rmtree(root / "train" / "dog")
         (root / "train" / "dog").symlink_to(root / "test" / "dog")
-    with pytest.raises(DataError, match="test and train share a file: .*test/dog/.*png is .*train/dog/.*png"):
+    with pytest.raises(DataError, match=r"test and train share a file: .*test/dog/.*png is .*train/dog/.*png"):
         open_(root)
 
 

@@ -26,7 +26,7 @@ class Model:
 
 
 class Net:
-    """Conv-ReLU, Conv-ReLU, global average, linear; quantized with 7-bit weights, which no CPU's integer products overflow with."""
+    """Conv-ReLU, Conv-ReLU, global average, linear; its quantized weights have 7 bits: no CPU's integer products overflow."""
 
     def __init__(self, encoding: str | None) -> None:
         self.rng, self.nodes, self.constants, self.encoding = np.random.default_rng(3), [], [], encoding

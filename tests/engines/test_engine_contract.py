@@ -165,7 +165,7 @@ def test_another_instruction_set_is_refused_and_another_model_name_is_not(name, 
         pass
     record["fingerprint"]["cpu_flags"].append("avx10")
     (folder / "engine.json").write_text(json.dumps(record))
-    with pytest.raises(BuildError, match="built with cpu_flags .*avx10"):
+    with pytest.raises(BuildError, match=r"built with cpu_flags .*avx10"):
         open_engine(folder)
 
 

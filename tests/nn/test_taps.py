@@ -87,14 +87,12 @@ def test_module_called_twice_leaves_its_last_call():
 
 
 def test_what_is_no_tensor_is_refused():
+    model = Twice()
     with (
+        capture(model, {"both": "pair"}),
         pytest.raises(RecipeError, match="tap 'both' at 'pair' must be one tensor; it is tuple"),
-        capture(Twice(), {"both": "pair"}),
     ):
-        Twice.__call__
-        model = Twice()
-        with capture(model, {"both": "pair"}):
-            model(torch.randn(4, 2))
+        model(torch.randn(4, 2))
 
 
 def test_missing_module_is_refused_before_any_forward():

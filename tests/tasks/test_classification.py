@@ -31,7 +31,7 @@ def test_built_from_the_recipe():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_by_hand(smoothing):
     total = 0.0
-    for row, label in zip(LOGITS.tolist(), LABELS.tolist()):
+    for row, label in zip(LOGITS.tolist(), LABELS.tolist(), strict=True):
         norm = math.log(sum(math.exp(value) for value in row))
         for index, value in enumerate(row):
             weight = (1 - smoothing) * (index == label) + smoothing / 3
@@ -61,7 +61,7 @@ def test_evaluate_agrees_with_counting_and_takes_read_only_and_half():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(500, 10)).astype(np.float16), rng.integers(0, 10, 500)
     logits.flags.writeable = labels.flags.writeable = False
-    expected = sum(int(np.argmax(row) == label) for row, label in zip(logits, labels)) / 500
+    expected = sum(int(np.argmax(row) == label) for row, label in zip(logits, labels, strict=True)) / 500
     assert Classification().evaluate({"other": logits, "logits": logits}, labels) == pytest.approx(expected, abs=1e-7)
 
 
