@@ -16,6 +16,7 @@ out. Same id and intact files: the artifact is reused. Standard library only: th
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgekd.errors import ArtifactError
@@ -132,19 +133,31 @@ class Store:
 
     Args:
         root: The run directory; created where it is missing.
-        notice: Called with one line where a damaged artifact was found and set aside.
+        notice: Called with one line where a damaged artifact was found and removed.
+
+    Raises:
+        ArtifactError: The run directory cannot be made.
     """
 
     def __init__(self, root: Path, notice: Any = print) -> None:
         self.root = root
         self.notice = notice
-        root.mkdir(parents=True, exist_ok=True)
+        self._drafts: set[Path] = set()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"the run directory {root} cannot be made: {error.strerror}", hint="give another directory with --out"
+            ) from error
 
     def work(self, id: str) -> Path:
         """The folder for unfinished, resumable work towards the artifact ``id``."""
-        folder = self.root / "work" / id[:12]
+        folder = self._work(id)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _work(self, id: str) -> Path:
+        return self.root / "work" / id[:12]
 
     def find(self, id: str) -> Artifact | None:
         """The artifact with this id, or None where there is none or it is damaged; a damaged one is named and removed."""
@@ -156,8 +169,10 @@ class Store:
                 check_files(artifact)
             except ArtifactError as error:
                 self.notice(f"damaged artifact {folder.name}: {error.message}; it is computed again")
-                shutil.rmtree(folder)
+                _remove(folder)
                 continue
+            # a run that was killed between naming the artifact and clearing up left this behind
+            shutil.rmtree(self._work(id), ignore_errors=True)
             return artifact
         return None
 
@@ -181,14 +196,20 @@ class Store:
     ) -> Iterator[Draft]:
         """Write an artifact: the block fills a temporary folder, which gets its real name once it is complete and on disk.
 
-        A block that raises leaves nothing behind but its work folder.
+        A block that raises leaves nothing behind but its work folder. Only one process at a time may write drafts into a run
+        directory: whatever drafts it finds there are those of killed runs, and are removed.
+
+        Raises:
+            ArtifactError: The disk is full.
         """
         name = f"{order:02}-{stage}-{id[:12]}"
         partial = self.root / f".partial-{name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        for left in set(self.root.glob(".partial-*")) - self._drafts:
+            _remove(left)
         draft, start = Draft(partial), time.monotonic()
+        self._drafts.add(partial)
         try:
+            partial.mkdir()
             yield draft
             files = {
                 path.relative_to(partial).as_posix(): {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
@@ -212,26 +233,37 @@ class Store:
             write_json(partial / MANIFEST, manifest)
             _sync(partial)
             final = self.root / name
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             partial.rename(final)
             _sync_folder(self.root)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ArtifactError(
+                    f"the disk of {self.root} is full: {name} cannot be written",
+                    hint="free some space, and give the same command again: finished work is reused",
+                ) from error
             raise
-        shutil.rmtree(self.root / "work" / id[:12], ignore_errors=True)
+        finally:
+            self._drafts.discard(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(self._work(id), ignore_errors=True)
 
 
 def read_artifact(folder: Path) -> Artifact:
     """Read a folder's manifest.
 
     Raises:
-        ArtifactError: There is no manifest, it is not JSON, it lacks a field, or a newer edgekd wrote it.
+        ArtifactError: There is no manifest, it is not JSON, a field is missing or of another type, or another edgekd wrote it.
     """
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA:
-            raise ArtifactError(f"{path} has schema {data['schema']!r}; this edgekd reads schema {SCHEMA}")
+            raise ArtifactError(
+                f"{path} has schema {data['schema']!r}; this edgekd reads schema {SCHEMA}",
+                hint="use the edgekd that wrote it, or another run directory",
+            )
+        _check_manifest(data)
         return KINDS[data["kind"]](
             kind=data["kind"],
             id=data["id"],
@@ -252,6 +284,31 @@ def read_artifact(folder: Path) -> Artifact:
         raise ArtifactError(f"{path} cannot be read: {error!r}") from error
 
 
+def _check_manifest(data: Mapping[str, Any]) -> None:
+    """Refuse a manifest that would fail only where it is used.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field has another type, the kind is unknown, or a file lies outside the folder.
+    """
+    if data["kind"] not in KINDS:
+        raise ValueError(f"kind {data['kind']!r}; allowed: {', '.join(KINDS)}")
+    types = {
+        **dict.fromkeys(("id", "stage", "role", "created"), str),
+        **dict.fromkeys(("config", "metrics", "environment", "files"), dict),
+        "parents": list,
+    }
+    for name, expected in types.items():
+        if not isinstance(data[name], expected):
+            raise ValueError(f"{name} is {type(data[name]).__name__} instead of {expected.__name__}")
+    for name, entry in data["files"].items():
+        if not isinstance(entry["size_bytes"], int) or not isinstance(entry["sha256"], str):
+            raise ValueError(f"files: size_bytes and sha256 of {name!r} are not a number and a text")
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"files: {name!r} lies outside the folder")
+
+
 def check_files(artifact: Artifact) -> None:
     """Compare every file with its recorded size and hash.
 
@@ -269,9 +326,19 @@ def check_files(artifact: Artifact) -> None:
             raise ArtifactError(f"its file {name} has changed (sha256 differs)")
 
 
+def _remove(path: Path) -> None:
+    """Remove whatever is there; a link itself, and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _sync_folder(path)
+        elif path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
     _sync_folder(folder)

@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# examples have no time limit: on a busy machine the first one would break any
+settings.register_profile("edgekd", deadline=None)
+settings.load_profile("edgekd")
 
 
 @pytest.fixture(scope="session", autouse=True)
