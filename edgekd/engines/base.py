@@ -74,6 +74,8 @@ class Options(Protocol):
 
     precisions: ClassVar[tuple[str, ...]]
     """What graphs the backend runs: float32, float16, int8."""
+    encoding: ClassVar[str]
+    """How an int8 graph must be written for it to run on integers: u8 or s8 (edgekd.export.qdq)."""
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ class NullOptions:
     """Options of the null backend: none."""
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
+    encoding: ClassVar[str] = "u8"
 
     name: Literal["null"] = "null"
 

@@ -38,6 +38,7 @@ class OnnxRuntimeOptions:
     """Options of the onnxruntime backend."""
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
+    encoding: ClassVar[str] = "u8"
 
     name: Literal["onnxruntime"] = "onnxruntime"
     threads: int = 1

@@ -37,6 +37,7 @@ class OpenVinoOptions:
     """Options of the openvino backend."""
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
+    encoding: ClassVar[str] = "u8"
 
     name: Literal["openvino"] = "openvino"
     threads: int = 1

@@ -34,6 +34,7 @@ class TensorRtRtxOptions:
     """Options of the tensorrt_rtx backend."""
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "int8")
+    encoding: ClassVar[str] = "s8"
 
     name: Literal["tensorrt_rtx"] = "tensorrt_rtx"
     compute_capabilities: tuple[str, ...] = ("SM89",)

@@ -1,0 +1,121 @@
+"""From a module to an ONNX file, through torch's exporter (torch.export, dynamo) and onnxslim."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.errors import ExportError
+from edgekd.export.qdq import translations
+
+INPUT = "images"
+
+
+def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], opset: int) -> Any:
+    """The module as an ONNX model with a free batch size.
+
+    Args:
+        module: In eval mode; an encoded one for integers (edgekd.export.qdq).
+        example: An input, [B, C, H, W] with B of at least 2 (torch.export takes a batch of 1 for a constant).
+        output_names: Of the outputs, in order.
+        opset: ONNX opset.
+
+    Returns:
+        An onnx.ModelProto, checked.
+
+    Raises:
+        ExportError: The exporter does not follow the model, or its file is not valid.
+    """
+    import onnx
+    import onnxslim
+
+    try:
+        with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch's own internals, nothing that a user could act on
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                custom_translation_table=translations(),
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                input_names=[INPUT],
+                output_names=list(output_names),
+                opset_version=opset,
+                verbose=False,
+            )
+        assert program is not None
+        model = onnxslim.slim(program.model_proto)
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the exporter raises what the model's code and its own passes raise
+        raise ExportError(
+            f"{type(module).__name__} cannot be exported as ONNX: {_first_lines(error)}",
+            hint="torch.export must be able to follow the model's forward",
+        ) from error
+    return model
+
+
+def to_float16(model: Any) -> Any:
+    """A copy with float16 weights and arithmetic; inputs and outputs stay float32. The conversion is ONNX Runtime's.
+
+    Norms and softmax stay in float32: their sums leave float16's range.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    block = [*DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Softmax", "ReduceMean"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells of every tiny weight that becomes the smallest float16
+        return convert_float_to_float16(model, keep_io_types=True, op_block_list=block)
+
+
+def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[str, Any]:
+    """io.json: inputs, outputs (name, dtype, shape with -1 where the size is free), preprocessing, precision."""
+    import numpy as np
+    import onnx
+
+    def spec(value: Any) -> dict[str, Any]:
+        tensor = value.type.tensor_type
+        shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+        return {"name": value.name, "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name, "shape": shape}
+
+    return {
+        "inputs": [spec(value) for value in model.graph.input],
+        "outputs": [spec(value) for value in model.graph.output],
+        "preprocessing": preprocessing,
+        "precision": precision,
+    }
+
+
+def save(model: Any, path: Path) -> None:
+    """Write the file.
+
+    Raises:
+        ExportError: It is larger than the 2 GiB that one ONNX file holds.
+    """
+    if model.ByteSize() >= 2**31:
+        raise ExportError(f"the model has {model.ByteSize() / 2**30:.1f} GiB; one ONNX file holds less than 2", hint="use a smaller student")
+    path.write_bytes(model.SerializeToString())
+
+
+class _quiet:  # noqa: N801  used like a function, in a with block
+    """Keep a logger at errors only inside the block."""
+
+    def __init__(self, name: str) -> None:
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def _first_lines(error: Exception, lines: int = 3) -> str:
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + " ".join(text[:lines])

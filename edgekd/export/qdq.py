@@ -1,0 +1,168 @@
+"""From a fake-quantized model to one that an engine runs on integers: batch norms folded, weights as int8, codes as it likes them.
+
+One trained quantization is written in the encoding that each backend runs as integers:
+
+- ``u8`` (ONNX Runtime and OpenVINO on CPUs): unsigned activations. Where values may be negative, code + 128 with zero point 128: the
+  same grid. Where they may not, zero point 0 and half the trained step: 0..255 instead of 0..127 with the same end, a finer grid
+  that has every trained value on it. With zero point 0 the ReLU disappears into the quantizer.
+- ``s8`` (TensorRT and TensorRT-RTX): int8 with zero point 0, as trained.
+
+Biases stay float in both: ONNX Runtime and OpenVINO quantize them to int32 by themselves, and TensorRT refuses an int32
+DequantizeLinear. In the graph, QuantizeLinear and DequantizeLinear stand at activations, and DequantizeLinear behind int8 weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from edgekd.errors import ExportError
+from edgekd.quantize.fake_quant import SMALLEST_SCALE, QuantConv2d, Quantizer, QuantLinear, quantized_weight, weight_scale
+
+ENCODINGS = ("u8", "s8")
+
+
+@torch.library.custom_op("edgekd::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """``scale * codes`` in float32, one scale per entry of an axis."""
+    return codes.float() * scale.view([-1 if index == axis else 1 for index in range(codes.ndim)])
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001  the operator's signature
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+class EncodedConv2d(nn.Module):
+    """A convolution whose weights are int8 codes; a folded batch norm is in its scales and its bias."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantConv2d, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self._padding = None if layer.padding_mode == "zeros" else (layer._reversed_padding_repeated_twice, layer.padding_mode)
+        _store(self, codes, scale, bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, Cin, H, W] to [B, Cout, H', W']."""
+        stride, padding, dilation, groups = self._options
+        if self._padding is not None:
+            values, padding = nn.functional.pad(values, self._padding[0], mode=self._padding[1]), (0, 0)
+        return nn.functional.conv2d(values, dequantize(self.codes, self.scale, 0), self.bias, stride, padding, dilation, groups)
+
+
+class EncodedLinear(nn.Module):
+    """A linear layer whose weights are int8 codes, [Cin, Cout].
+
+    A matrix product and an addition: ONNX Runtime runs a Gemm with a float bias in float.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        _store(self, codes.T.contiguous(), scale, bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., Cin] to [..., Cout]."""
+        product = torch.matmul(values, dequantize(self.codes, self.scale, 1))
+        return product if self.bias is None else product + self.bias
+
+
+def _store(module: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    module.register_buffer("codes", codes)
+    module.register_buffer("scale", scale)
+    module.register_buffer("bias", bias)
+
+
+def encode(quantized: nn.Module, encoding: str) -> nn.Module:
+    """A copy of a quantized model in a backend's encoding, in eval mode. Its values are the trained model's, up to rounding.
+
+    Args:
+        quantized: What edgekd.quantize.stage.load gives.
+        encoding: ``u8`` or ``s8``.
+
+    Raises:
+        ExportError: The model is not a quantized one.
+    """
+    if not isinstance(quantized, fx.GraphModule):
+        raise ExportError(f"{type(quantized).__name__} is not quantized", hint="add a quantize stage")
+    model = copy.deepcopy(quantized).eval()
+    for node in list(model.graph.nodes):
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            model.set_submodule(node.target, _encoded(layer, _take_norm(model, node)))
+    if encoding == "u8":
+        for part in model.modules():
+            if isinstance(part, Quantizer):
+                _unsigned(part)
+    model.recompile()
+    model.delete_all_unused_submodules()
+    return model
+
+
+@torch.no_grad()
+def _unsigned(quantizer: Quantizer) -> None:
+    if quantizer.signed:
+        quantizer.zero_point = 128
+    else:
+        quantizer.high = 255
+        quantizer.log_scale.sub_(math.log(2))
+
+
+def _take_norm(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Take the batch norm behind a convolution out of the graph, where nothing else reads what goes into it."""
+    follower = next(iter(node.users)) if len(node.users) == 1 else None
+    if follower is None or follower.op != "call_module":
+        return None
+    norm = model.get_submodule(str(follower.target))
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return None
+    follower.replace_all_uses_with(node)
+    model.graph.erase_node(follower)
+    return norm
+
+
+@torch.no_grad()
+def _encoded(layer: QuantConv2d | QuantLinear, norm: Any) -> nn.Module:
+    weight, scale = layer.weight.float(), weight_scale(layer.weight)
+    column = scale.view(-1, *[1] * (weight.ndim - 1))
+    codes = (quantized_weight(weight) / column).round()
+    bias = None if layer.bias is None else layer.bias.float().clone()
+    if norm is not None:
+        gain = (norm.running_var.float() + norm.eps).rsqrt()
+        gain = gain if norm.weight is None else gain * norm.weight.float()
+        shift = -norm.running_mean.float() * gain + (0 if norm.bias is None else norm.bias.float())
+        bias = shift if bias is None else shift + bias * gain
+        # a scale is positive: a negative gain turns the codes' signs, and one of zero the codes to zero
+        codes = codes * gain.sign().view(-1, *[1] * (weight.ndim - 1))
+        scale = (scale * gain.abs()).clamp_min(SMALLEST_SCALE**2)
+    codes = codes.to(torch.int8)
+    return EncodedConv2d(layer, codes, scale, bias) if isinstance(layer, QuantConv2d) else EncodedLinear(codes, scale, bias)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How the exporter writes the two operators, for ``torch.onnx.export(custom_translation_table=...)``."""
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset18 as op
+
+    def quantize_dequantize(values: Any, scale: Any, zero_point: int, low: int, high: int) -> Any:  # noqa: ARG001
+        dtype = np.uint8 if high + zero_point > 127 else np.int8
+        zero = op.Constant(value=ir.tensor(np.array(zero_point, dtype)))
+        return op.DequantizeLinear(op.QuantizeLinear(values, scale, zero), scale, zero)
+
+    def dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=axis)
+
+    return {torch.ops.edgekd.fake_quantize.default: quantize_dequantize, torch.ops.edgekd.dequantize.default: dequantize_weight}

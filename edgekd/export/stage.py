@@ -1,0 +1,77 @@
+"""The section ``export``: a checkpoint becomes model.onnx, io.json and parity.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from edgekd._config import Config
+from edgekd.artifacts import Checkpoint, write_json
+from edgekd.data.base import Dataset
+from edgekd.data.batches import normalise
+from edgekd.export import onnx, parity
+from edgekd.export.qdq import ENCODINGS, encode
+from edgekd.quantize import stage as quantize_stage
+from edgekd.tasks.base import Task
+
+MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "u8": 0.1, "s8": 0.1}
+"""Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up."""
+
+
+class ExportConfig(Config):
+    """How checkpoints become ONNX, and how closely the file must agree with torch."""
+
+    opset: int = Field(20, ge=18, le=22)
+    """ONNX opset of the files."""
+    parity_images: int = Field(256, ge=1, le=100_000)
+    """Images of the validation split on which ONNX Runtime is compared with torch."""
+    max_error: float | None = Field(None, gt=0)
+    """Largest difference of an output value, as a share of the output's range; null: 0.001 for float32, 0.03 for float16, 0.1 for int8."""
+    max_changed: float = Field(0.02, ge=0, le=1)
+    """Largest share of decisions that may change, 0..1."""
+
+
+def run(config: ExportConfig, checkpoint: Checkpoint, encoding: str, dataset: Dataset, task: Task, folder: Path) -> dict[str, Any]:
+    """Export a checkpoint and compare the file with torch.
+
+    Args:
+        config: The recipe's section.
+        checkpoint: A float one for float32 and float16, a quantized one for u8 and s8.
+        encoding: ``float32``, ``float16``, or an encoding of integers (edgekd.export.qdq).
+        dataset: Gives the preprocessing and the images to compare on.
+        task: Names the outputs.
+        folder: Where the files go.
+
+    Returns:
+        The artifact's metrics: encoding, size_bytes, and what parity.json holds.
+
+    Raises:
+        ExportError: The model cannot be written.
+        ParityError: The file disagrees with torch.
+    """
+    loaded = quantize_stage.load(checkpoint)
+    integers = encoding in ENCODINGS
+    module = encode(loaded.module, encoding) if integers else loaded.module.eval()
+    model = onnx.export(module, loaded.architecture.example(), output_names=task.output_names, opset=config.opset)
+    if encoding == "float16":
+        model = onnx.to_float16(model)
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    write_json(folder / "io.json", onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding))
+    count = min(config.parity_images, len(dataset.val))
+    images = normalise(torch.from_numpy(np.array(dataset.val.images[:count])), dataset.mean, dataset.std).contiguous()
+    found = parity.measure(module, path, images, task)
+    limit = config.max_error if config.max_error is not None else MAX_ERROR[encoding]
+    result = parity.check(found, max_error=limit, max_changed=config.max_changed)
+    write_json(folder / "parity.json", result)
+    return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
+
+
+def preprocessing(dataset: Dataset) -> dict[str, Any]:
+    """How uint8 images become the model's input; edgekd.engines.preprocess does it on the target."""
+    color = {1: "gray", 3: "RGB"}.get(dataset.channels, f"{dataset.channels} channels")
+    return {"layout": "NCHW", "color": color, "scale": 1 / 255, "mean": list(dataset.mean), "std": list(dataset.std)}

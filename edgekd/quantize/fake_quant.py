@@ -1,0 +1,157 @@
+"""Fake quantization: rounding to integer codes and back, in float, with gradients for values and scales.
+
+One operator, ``edgekd::fake_quantize``, serves training and export: the exporter turns it into QuantizeLinear and DequantizeLinear
+(edgekd.export.qdq). Its gradients are those of LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv 1902.08153,
+equations 2, 3 and 5). Written from the paper.
+
+Differs from the paper: a quantizer stores the logarithm of its step, so that no optimizer step and no average of weights can make
+the step zero or negative; weights are not learned but scaled by their largest value per output channel, which loses nothing at 8
+bits and follows every average of the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BITS = 8
+SMALLEST_SCALE = 2.0**-24
+"""A channel whose weights are all zero still needs a scale above zero."""
+
+
+@torch.library.custom_op("edgekd::fake_quantize", mutates_args=())
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    """``scale * clamp(round(values / scale), low, high)``, ties to even.
+
+    Args:
+        values: float32, any shape.
+        scale: float32, above zero: [] for the whole tensor, or [C] for one scale per entry of the first axis.
+        zero_point: What is added to the codes where they are stored; it changes no value.
+        low: Smallest code before the zero point is added.
+        high: Largest code.
+    """
+    if scale.ndim:
+        zeros = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(values, scale, zeros, 0, low, high)
+    return torch.fake_quantize_per_tensor_affine(values, scale, scale.new_zeros((), dtype=torch.int32), low, high)
+
+
+@fake_quantize.register_fake
+def _(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:  # noqa: ARG001  the operator's signature
+    return torch.empty_like(values)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, int], output: Tensor) -> None:
+    values, scale, _, ctx.low, ctx.high = inputs
+    ctx.save_for_backward(values, scale, output)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    values, scale, output = ctx.saved_tensors
+    step = scale.view(-1, *[1] * (values.ndim - 1)) if scale.ndim else scale
+    # half a step beyond the last code still rounds to it; LSQ's clamp is at the code itself
+    inside = (values >= ctx.low * step) & (values <= ctx.high * step)
+    to_values = gradient * inside
+    to_scale = None
+    if ctx.needs_input_grad[1]:
+        share = gradient * (output - values * inside) / step
+        to_scale = share.flatten(1).sum(1) if scale.ndim else share.sum()
+    return to_values, to_scale, None, None, None
+
+
+fake_quantize.register_autograd(_backward, setup_context=_keep)
+
+
+class Quantizer(nn.Module):
+    """Quantizes an activation to 8 bits with one scale; the same module may serve several tensors that must share it.
+
+    Codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is negative. An encoding
+    for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one.
+
+    Args:
+        signed: Whether values may be negative.
+        learned: Whether training moves the scale.
+    """
+
+    def __init__(self, signed: bool, learned: bool) -> None:
+        super().__init__()
+        self.signed = signed
+        self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned)
+        self.low, self.high, self.zero_point = (-128 if signed else 0), 127, 0
+        self.observer: Any = None
+        """Told of every tensor while calibrating; the tensor then passes unchanged."""
+
+    def scale(self) -> Tensor:
+        """The step between two codes, float32 []."""
+        return self.log_scale.exp()
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Fake-quantized values, same shape and dtype."""
+        if self.observer is not None:
+            self.observer(values)
+            return values
+        scale = self.scale()
+        if self.training and self.log_scale.requires_grad:
+            scale = _scaled_gradient(scale, (values.numel() * self.high) ** -0.5)
+        return fake_quantize(values.float(), scale, self.zero_point, self.low, self.high).to(values.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown when a model is printed."""
+        return f"codes {self.low}..{self.high}"
+
+
+def _scaled_gradient(scale: Tensor, factor: float) -> Tensor:
+    """The same value with its gradient multiplied (LSQ section 2.2: otherwise a scale moves faster the more values it serves)."""
+    return scale * factor + (scale * (1 - factor)).detach()
+
+
+def weight_scale(weight: Tensor) -> Tensor:
+    """One scale per output channel, [C], from its largest weight; no gradient."""
+    largest = weight.detach().float().flatten(1).abs().amax(1)
+    return (largest / 127).clamp_min(SMALLEST_SCALE)
+
+
+def quantized_weight(weight: Tensor) -> Tensor:
+    """The weight rounded to codes -127..127, one scale per output channel; the gradient passes unchanged."""
+    return fake_quantize(weight.float(), weight_scale(weight), 0, -127, 127).to(weight.dtype)
+
+
+class QuantConv2d(nn.Conv2d):
+    """A convolution with int8 weights; its float weights are what is trained."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, Cin, H, W] to [B, Cout, H', W']."""
+        return self._conv_forward(input, quantized_weight(self.weight), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer with int8 weights; its float weights are what is trained."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., Cin] to [..., Cout]."""
+        return nn.functional.linear(input, quantized_weight(self.weight), self.bias)
+
+
+def quantized_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
+    """The quantized twin of a layer; it takes over the layer's own parameters."""
+    twin: QuantConv2d | QuantLinear
+    bias = layer.bias is not None
+    with torch.device("meta"):  # its first weights are thrown away
+        if isinstance(layer, nn.Conv2d):
+            twin = QuantConv2d(
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,  # type: ignore[arg-type]  # torch stores a tuple of any length
+                stride=layer.stride,  # type: ignore[arg-type]
+                padding=layer.padding,  # type: ignore[arg-type]
+                dilation=layer.dilation,  # type: ignore[arg-type]
+                groups=layer.groups,
+                bias=bias,
+                padding_mode=layer.padding_mode,
+            )
+        else:
+            twin = QuantLinear(layer.in_features, layer.out_features, bias=bias)
+    twin.weight, twin.bias = layer.weight, layer.bias
+    return twin.train(layer.training)

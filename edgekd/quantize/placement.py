@@ -1,0 +1,224 @@
+"""Where quantizers go: at the producers, so that every tensor has one set of codes and engines can run on integers throughout.
+
+The model is traced (torch.fx) and these rules applied to the graph:
+
+- Convolutions and linear layers get int8 weights, and every tensor that they read is quantized where it is made: after the ReLU,
+  or after the batch norm where no ReLU follows, which are folded into the convolution at export.
+- A convolution's result is always quantized, except where it is the model's output: ONNX Runtime runs no convolution on integers
+  whose result is not.
+- Both inputs of an addition behind convolutions are quantized, and its result, after the ReLU. Quantizing the residual input alone
+  leaves ONNX Runtime with float convolutions (a ResNet-18 then runs no faster than in float32).
+- Operations that move values without changing them (max pooling, reshape, split, nearest upsampling) and concatenations share one
+  quantizer among what goes in and what comes out.
+- Everything else (SiLU, hard-swish, LayerNorm, softmax, GELU, products, batch norms that follow no convolution) stays in float.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from edgekd.errors import TrainingError
+from edgekd.nn.taps import INPUT
+
+LAYERS = (nn.Conv2d, nn.Linear)
+NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softmax, F.relu, F.relu6, torch.relu, torch.sigmoid, "relu", "relu_", "sigmoid")
+RELUS = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+AVERAGES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean")
+MOVES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle),
+    *(F.max_pool2d, F.dropout, F.channel_shuffle, F.pixel_shuffle, torch.flatten, torch.reshape, torch.permute, torch.transpose),
+    *(torch.chunk, torch.split, torch.squeeze, torch.unsqueeze, operator.getitem),
+    *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "chunk", "split", "squeeze", "unsqueeze"),
+)
+
+
+class Tracer(fx.Tracer):
+    """Follows a model down to torch's own modules, and remembers the tensors at its taps."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        super().__init__()
+        self.places = set(places.values())
+        self.found: dict[str, fx.Node] = {}
+        """Place -> node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's own modules, and layers and batch norms derived from them: tracing into those would freeze their mode."""
+        return isinstance(m, (*LAYERS, nn.modules.batchnorm._BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As the base class; notes what goes in and out where a tap is."""
+        path = self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)
+        for place, value in ((path, result), (path + INPUT, args[0] if args else None)):
+            if place in self.places and isinstance(value, fx.Proxy):
+                self.found[place] = value.node
+        return result
+
+
+def trace(module: nn.Module, taps: Mapping[str, str]) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """The model as a graph, and the node at each tap: role -> node.
+
+    Raises:
+        TrainingError: The model's forward depends on its data, or a tap's module is never called.
+    """
+    tracer = Tracer(taps)
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:  # the user's forward may raise anything when it meets a symbol
+        raise TrainingError(
+            f"{type(module).__name__} cannot be quantized: torch.fx cannot trace its forward: {error}",
+            hint="write the forward without branches on tensor values, or remove the quantize stage",
+        ) from error
+    for role, place in taps.items():
+        if place not in tracer.found:
+            raise TrainingError(
+                f"tap {role!r}: {place!r} gives no single tensor while {type(module).__name__} is traced", hint="correct the model's taps"
+            )
+    return fx.GraphModule(tracer.root, graph, type(module).__name__), {role: tracer.found[place] for role, place in taps.items()}
+
+
+class Placement:
+    """The rules above, applied to one traced model.
+
+    Args:
+        traced: The graph.
+        skip: Whether the layer at this module path stays in float.
+    """
+
+    def __init__(self, traced: fx.GraphModule, skip: Callable[[str], bool]) -> None:
+        self.modules = dict(traced.named_modules())
+        self.nodes = list(traced.graph.nodes)
+        self.layers = [
+            str(node.target)
+            for node in self.nodes
+            if node.op == "call_module" and isinstance(self.modules[node.target], LAYERS) and not skip(node.target)
+        ]
+        self._integer = {node for node in self.nodes if node.op == "call_module" and node.target in set(self.layers)}
+        self._parent: dict[fx.Node, fx.Node] = {}
+        self._additions: set[fx.Node] = set()
+        self._sources: set[fx.Node] = set()
+        for node in self.nodes:
+            self._look(node)
+        self._drop_outputs()
+
+    def quantized(self) -> dict[fx.Node, fx.Node]:
+        """Every node whose value is quantized -> the node that stands for its quantizer; nodes that share one have the same."""
+        result = {node: self._group(node) for node in self._sources}
+        # What merely moves a quantized value is quantized again where an integer operation reads it, so that the operation and its
+        # input's codes stand side by side in the exported graph; the same scale makes it the identity.
+        for node in self.nodes:
+            if self.moves(node) and any(user in self._readers() for user in node.users) and self._group(node) in result.values():
+                result[node] = self._group(node)
+        return {node: result[node] for node in self.nodes if node in result}
+
+    def signed(self, group: fx.Node) -> bool:
+        """Whether any value of a quantizer's tensors may be negative."""
+        return any(not self.nonnegative(node) for node in self._sources if self._group(node) is group)
+
+    def nonnegative(self, node: fx.Node) -> bool:
+        """Whether a tensor holds no negative values, by what made it."""
+        if self._is(node, NONNEGATIVE):
+            return True
+        if self.moves(node) or self._is(node, AVERAGES):
+            return self.nonnegative(node.all_input_nodes[0])
+        return bool(self.concatenates(node) and all(self.nonnegative(part) for part in node.all_input_nodes))
+
+    def moves(self, node: fx.Node) -> bool:
+        """Whether a node only moves values."""
+        if self._is(node, (nn.Upsample, F.interpolate)):
+            mode = getattr(self.modules.get(str(node.target)), "mode", None) or node.kwargs.get("mode", "nearest")
+            return bool(mode == "nearest")
+        return self._is(node, MOVES) and bool(node.all_input_nodes)
+
+    def concatenates(self, node: fx.Node) -> bool:
+        """Whether a node joins tensors."""
+        return self._is(node, (torch.cat, torch.concat))
+
+    def adds(self, node: fx.Node) -> bool:
+        """Whether a node adds two tensors."""
+        return self._is(node, ADDITIONS) and len(node.args) == 2 and all(isinstance(part, fx.Node) for part in node.args)
+
+    def _is(self, node: fx.Node, kinds: tuple[Any, ...]) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[str(node.target)], tuple(kind for kind in kinds if isinstance(kind, type)))
+        if node.op == "call_method":
+            return node.target in [kind for kind in kinds if isinstance(kind, str)]
+        return node.op == "call_function" and any(node.target is kind for kind in kinds)
+
+    def _look(self, node: fx.Node) -> None:
+        """Nodes come in the order of execution, so what a node reads has been looked at."""
+        if node in self._integer:
+            self._want(node.all_input_nodes[0])
+            if isinstance(self.modules[str(node.target)], nn.Conv2d):
+                self._sources.add(self.end(node))
+        elif self.adds(node) and any(self._behind_convolution(part) for part in node.all_input_nodes):
+            self._additions.add(node)
+            for part in node.all_input_nodes:
+                self._want(part)
+            self._sources.add(self.end(node))
+
+    def end(self, node: fx.Node) -> fx.Node:
+        """The last node of what is fused into a convolution or an addition: its batch norm and its ReLU, where nothing else reads
+        the values in between.
+        """
+        follower = next(iter(node.users)) if len(node.users) == 1 else None
+        if follower is not None and node.op == "call_module" and self.folds(node, follower):
+            node = follower
+            follower = next(iter(node.users)) if len(node.users) == 1 else None
+        return follower if follower is not None and self._is(follower, RELUS) else node
+
+    def folds(self, node: fx.Node, follower: fx.Node) -> bool:
+        """Whether ``follower`` is a plain batch norm that can be folded into the convolution ``node``."""
+        return (
+            follower.op == "call_module"
+            and type(self.modules[str(follower.target)]) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+            and isinstance(self.modules[str(node.target)], nn.Conv2d)
+        )
+
+    def _behind_convolution(self, node: fx.Node) -> bool:
+        """Whether a value comes out of an integer convolution or addition, possibly moved."""
+        while self.moves(node):
+            node = node.all_input_nodes[0]
+        if self.concatenates(node):
+            return any(self._behind_convolution(part) for part in node.all_input_nodes)
+        return node in self._sources or node in self._additions
+
+    def _want(self, node: fx.Node) -> None:
+        """Have a value quantized where it is made."""
+        if self.moves(node):
+            source = node.all_input_nodes[0]
+            self._join(source, node)
+            self._want(source)
+        elif self.concatenates(node):
+            for part in node.all_input_nodes:
+                self._join(part, node)
+                self._want(part)
+            self._sources.add(node)
+        else:
+            self._sources.add(node)
+
+    def _join(self, one: fx.Node, other: fx.Node) -> None:
+        self._parent[self._group(one)] = self._group(other)
+
+    def _group(self, node: fx.Node) -> fx.Node:
+        while self._parent.get(node, node) is not node:
+            node = self._parent[node]
+        return node
+
+    def _readers(self) -> set[fx.Node]:
+        concatenations = {node for node in self._sources if self.concatenates(node)}
+        return self._integer | self._additions | concatenations
+
+    def _drop_outputs(self) -> None:
+        """The model's own outputs stay in float, unless an integer operation reads them too."""
+        outputs = {value for node in self.nodes if node.op == "output" for value in node.all_input_nodes}
+        for node in list(self._sources):
+            if node in outputs and not any(user in self._readers() or self.moves(user) for user in node.users):
+                self._sources.discard(node)

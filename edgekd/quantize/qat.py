@@ -1,0 +1,161 @@
+"""Quantization-aware training: a float model gets quantizers, is calibrated, trained, stored as a plan, and rebuilt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgekd._config import Config
+from edgekd.errors import ArtifactError, TrainingError, nearest
+from edgekd.quantize.fake_quant import BITS, QuantConv2d, Quantizer, QuantLinear, quantized_layer
+from edgekd.quantize.observers import Observer, best_scale
+from edgekd.quantize.placement import LAYERS, Placement, trace
+
+
+class QuantizerConfig(Config):
+    """8-bit weights, symmetric per output channel; 8-bit activations, symmetric per tensor."""
+
+    ranges: Literal["learned", "calibrated"] = "learned"
+    """Activation ranges start from the calibration split (least squared error); learned ones are then trained along."""
+    skip: list[str] = []
+    """Module paths of layers that stay in float; * matches anything, as in `head.*`."""
+
+
+def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig, example: Tensor) -> nn.Module:
+    """A copy of a float model with quantizers in it, not yet calibrated.
+
+    Args:
+        module: The float model; unchanged.
+        taps: Role -> module path; the copy has an identity at ``taps.<role>`` for each.
+        config: What is quantized, and how.
+        example: An input, [B, C, H, W].
+
+    Raises:
+        TrainingError: The model cannot be traced, has nothing to quantize, or gives other values when traced; or a pattern of
+            ``skip`` matches no layer.
+    """
+    model = copy.deepcopy(module).eval()
+    _check_skip(model, config.skip)
+    traced, places = trace(model, taps)
+    placement = Placement(traced, lambda path: any(fnmatchcase(path, pattern) for pattern in config.skip))
+    if not placement.layers:
+        raise TrainingError(f"{type(module).__name__} has no convolution or linear layer to quantize", hint="remove the quantize stage")
+    _check_trace(traced, model, example)
+    groups = placement.quantized()
+    names: dict[Any, str] = {}
+    for node, group in groups.items():
+        names.setdefault(group, node.name)  # a quantizer is named after the first tensor that it serves
+    traced.quantizers = nn.ModuleDict(
+        {name: Quantizer(placement.signed(group), learned=config.ranges == "learned") for group, name in names.items()}
+    )
+    for node, group in groups.items():
+        _insert(traced, node, f"quantizers.{names[group]}")
+    traced.taps = nn.ModuleDict({role: nn.Identity() for role in places})
+    for role, node in places.items():
+        followers = [user for user in node.users if str(user.target).startswith("quantizers.")]
+        _insert(traced, followers[0] if followers else node, f"taps.{role}")
+    for path in placement.layers:
+        traced.set_submodule(path, quantized_layer(traced.get_submodule(path)))  # type: ignore[arg-type]
+    traced.graph.lint()
+    traced.recompile()
+    traced.meta["config"] = config.model_dump(mode="json")
+    return traced.train(module.training)
+
+
+def _insert(traced: Any, node: Any, target: str) -> None:
+    """Have everything that reads ``node`` read it through the module at ``target``."""
+    with traced.graph.inserting_after(node):
+        inserted = traced.graph.create_node("call_module", target, (node,))
+    node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)
+
+
+def _check_skip(model: nn.Module, patterns: list[str]) -> None:
+    paths = [path for path, part in model.named_modules() if isinstance(part, LAYERS)]
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise TrainingError(
+                f"quantizer.skip: no layer matches {pattern!r}{nearest(pattern, paths)}", hint=f"the model's layers: {', '.join(paths)}"
+            )
+
+
+def _check_trace(traced: nn.Module, model: nn.Module, example: Tensor) -> None:
+    """A trace freezes Python's decisions; where it gives other values, it is not the model."""
+    with torch.no_grad():
+        expected, received = model(example), traced(example)
+    if not isinstance(expected, Tensor) or not torch.allclose(expected, received, equal_nan=True):
+        raise TrainingError(
+            f"{type(model).__name__} cannot be quantized: its trace gives other values than the model itself",
+            hint="its forward must give one tensor and take the same path every time",
+        )
+
+
+def calibrate(quantized: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set every quantizer's scale from the values that it sees in these images, which pass through the float model.
+
+    Args:
+        quantized: What :func:`prepare` gave; changed in place.
+        batches: Normalised images, float32 [B, C, H, W] each.
+
+    Raises:
+        TrainingError: A tensor is not finite.
+    """
+    quantizers = named_quantizers(quantized)
+    mode = quantized.training
+    quantized.eval()
+    observers = {name: Observer() for name in quantizers}
+    for name, quantizer in quantizers.items():
+        quantizer.observer = observers[name]
+    try:
+        with torch.no_grad():
+            for images in batches:
+                quantized(images)
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    for name, quantizer in quantizers.items():
+        scale = best_scale(observers[name], quantizer.low, quantizer.high)
+        if not 0 < scale < float("inf"):
+            raise TrainingError(f"the values at {name!r} are not finite on the calibration images", hint="check the float model's weights")
+        with torch.no_grad():
+            quantizer.log_scale.fill_(scale).log_()
+    quantized.train(mode)
+
+
+def named_quantizers(quantized: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers by name, in the order of the graph."""
+    return {path.removeprefix("quantizers."): part for path, part in quantized.named_modules() if isinstance(part, Quantizer)}
+
+
+def plan(quantized: nn.Module) -> dict[str, Any]:
+    """What :func:`rebuild` needs, as data: the configuration, and what it led to, for comparison."""
+    return {
+        "config": quantized.meta["config"],
+        "quantizers": {name: {"signed": part.signed, "bits": BITS} for name, part in named_quantizers(quantized).items()},
+        "layers": [row["path"] for row in layers(quantized)],
+    }
+
+
+def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any], example: Tensor) -> nn.Module:
+    """The quantized model of a plan, its weights and scales not yet loaded.
+
+    Raises:
+        ArtifactError: This edgekd places quantizers elsewhere than the one that wrote the plan.
+    """
+    rebuilt = prepare(module, taps, QuantizerConfig.model_validate(plan_["config"]), example)
+    if plan(rebuilt) != dict(plan_):
+        raise ArtifactError("the quantization plan was written by another version of edgekd", hint="quantize again with this one")
+    return rebuilt
+
+
+def layers(quantized: nn.Module) -> list[dict[str, Any]]:
+    """The quantized layers: path, weight_bits, activation_bits (of what the layer reads)."""
+    return [
+        {"path": path, "weight_bits": BITS, "activation_bits": BITS}
+        for path, part in quantized.named_modules()
+        if isinstance(part, QuantConv2d | QuantLinear)
+    ]
