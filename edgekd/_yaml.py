@@ -1,13 +1,17 @@
 """YAML 1.2 to plain data, with the place of every value: strict where a recipe could surprise its author.
 
-Refused: duplicate keys, anchors and aliases, tags, several documents, keys that are not text, dates, non-finite numbers, tabs as
-indentation, files over 256 KiB (ruamel.yaml needs seconds for a megabyte), nesting deeper than 32.
+Plain values follow the core schema of YAML 1.2 and nothing else: ``on`` and a date are text, ``1e-4`` is a number. Refused:
+duplicate keys, anchors and aliases, merge keys, tags, directives of other versions, several documents, keys that are not text,
+non-finite numbers, tabs as indentation, files over 256 KiB (ruamel.yaml needs seconds for a megabyte), nesting deeper than 32.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,20 @@ from edgekd.errors import RecipeError
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
+MAX_DIGITS = 40
+"""No number of a recipe needs more, and Python refuses to read thousands."""
 
 Path_ = tuple[str | int, ...]
+
+# YAML 1.2.2, chapter 10.3.2; ruamel.yaml's own resolver also takes 1_000, 0b1 and dates
+_NULL = re.compile(r"|~|null|Null|NULL")
+_BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# what YAML 1.2 calls unprintable (chapter 5.1), and what ends a line in some editors and not in others
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -51,11 +67,18 @@ class Document:
 
 
 def dotted(path: Path_) -> str:
-    """``stages[1].train.lr``."""
+    """``stages[1].train.lr``; a key that is no plain name is quoted, so that a message stays one line."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = f"[{part}]" if isinstance(part, int) else part if _NAME.fullmatch(part) else shown(part)
+        text += name if not text or isinstance(part, int) else f".{name}"
     return text
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as a message shows it: on one line, and not endless."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def load(file: Path) -> Document:
@@ -65,43 +88,15 @@ def load(file: Path) -> Document:
         RecipeError: It is missing, not text, too large, not YAML 1.2, or uses what is refused (see above).
     """
     text = _read(file)
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    try:
-        _scan(YAML(typ="safe", pure=True), text, file)
-        yaml = YAML(typ="safe", pure=True)
-        node = yaml.compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        problem = error.problem or error.context or "not valid YAML"
-        hint = "quote values that begin with a special character, and close every bracket and quote"
-        if _tab_indents(text, line):
-            problem, hint = "a tab is used as indentation", "indent with spaces"
-        raise RecipeError(f"{file}:{line}:{column}: not valid YAML 1.2: {problem}", hint=hint) from error
-    except RecursionError as error:
-        raise RecipeError(
-            f"{file}: nested too deeply; at most {MAX_DEPTH} levels are allowed", hint="flatten the recipe"
-        ) from error
-    except YAMLError as error:
-        raise RecipeError(f"{file}: not valid YAML 1.2: {error}", hint="recipes are plain YAML text") from error
-    if node is None:
-        raise RecipeError(f"{file}:1:1: the recipe is empty", hint="copy a recipe from recipes/ and change it")
-    places: dict[Path_, Place] = {}
-    data = _plain(node, (), places, file, yaml)
-    if not isinstance(data, dict):
-        raise RecipeError(f"{file}:1:1: a recipe is a mapping of sections, not {_word(data)}", hint="begin with: name: my-recipe")
-    return Document(file, text, data, places)
+    return _Builder(file, text).document()
 
 
 def _read(file: Path) -> str:
+    example = "give the path of a recipe, for instance recipes/classification/quickstart.yaml"
     try:
         size = file.stat().st_size
         if not file.is_file():
-            raise RecipeError(
-                f"{file} is not a file", hint="give the path of a recipe, for instance recipes/classification/quickstart.yaml"
-            )
+            raise RecipeError(f"{file} is not a file", hint=example)
         if size > MAX_BYTES:
             raise RecipeError(
                 f"{file} has {size:,} bytes; a recipe has at most {MAX_BYTES:,}",
@@ -109,120 +104,161 @@ def _read(file: Path) -> str:
             )
         raw = file.read_bytes()
     except FileNotFoundError as error:
-        raise RecipeError(
-            f"{file} does not exist", hint="give the path of a recipe, for instance recipes/classification/quickstart.yaml"
-        ) from error
+        raise RecipeError(f"{file} does not exist", hint=example) from error
     except OSError as error:
         raise RecipeError(f"{file} cannot be read: {error.strerror}", hint="check the path and its permissions") from error
+    plain = "a recipe is a YAML text file"
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{file}:{line}:1: not UTF-8 text (byte {error.start})", hint="a recipe is a YAML text file") from error
-    for number, line_text in enumerate(text.splitlines(), 1):
-        bad = next((c for c in line_text if (ord(c) < 32 and c != "\t") or ord(c) == 127), None)
-        if bad is not None:
-            column = line_text.index(bad) + 1
-            raise RecipeError(f"{file}:{number}:{column}: control character {bad!r}", hint="a recipe is a YAML text file")
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{file}:{line}:1: not UTF-8 text (byte {error.start})", hint=plain) from error
+    if found := _UNPRINTABLE.search(text):
+        line, column = text.count("\n", 0, found.start()) + 1, found.start() - text.rfind("\n", 0, found.start())
+        raise RecipeError(f"{file}:{line}:{column}: control character {found.group()!r}", hint=plain)
     return text
 
 
-def _scan(yaml: Any, text: str, file: Path) -> None:
-    """Refuse by events what a node tree would already have expanded."""
-    from ruamel.yaml.events import AliasEvent, DocumentStartEvent, MappingStartEvent, SequenceStartEvent
+@dataclass
+class _Builder:
+    """Builds plain data from the parser's events: nothing is expanded before it can be refused."""
 
-    depth = documents = 0
-    for event in yaml.parse(text):
-        place = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}" if event.start_mark else str(file)
-        if isinstance(event, AliasEvent) or getattr(event, "anchor", None) is not None:
+    file: Path
+    text: str
+    places: dict[Path_, Place] = field(default_factory=dict)
+    here: Place = Place(1, 1)
+    """Where the latest event begins."""
+
+    def document(self) -> Document:
+        """The whole file."""
+        self.events = self._events()
+        data = None
+        documents = 0
+        for event in self.events:
+            kind = type(event).__name__
+            if kind == "DocumentStartEvent":
+                documents += 1
+                if documents > 1:
+                    raise self._error("a recipe is one YAML document; a second one begins here", "remove the line ---")
+                if event.version not in (None, (1, 2)) or event.tags:
+                    raise self._error("only the directive %YAML 1.2 is allowed in recipes", "remove the lines that begin with %")
+            elif kind not in ("StreamStartEvent", "StreamEndEvent", "DocumentEndEvent"):
+                data = self._value(event, (), 0)
+        if data is None:
+            raise RecipeError(f"{self.file}:1:1: the recipe is empty", hint="copy a recipe from recipes/ and change it")
+        if not isinstance(data, dict):
+            place = self.places[()]
+            where = f"{self.file}:{place.line}:{place.column}"
             raise RecipeError(
-                f"{place}: anchors and aliases (& and *) are not allowed in recipes", hint="write the value out where it is used"
+                f"{where}: a recipe is a mapping of sections, not {_word(data)}", hint="begin with: name: my-recipe"
             )
-        if isinstance(event, DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise RecipeError(f"{place}: a recipe is one YAML document; a second one begins here", hint="remove the line ---")
-        if isinstance(event, MappingStartEvent | SequenceStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise RecipeError(
-                    f"{place}: nested too deeply; at most {MAX_DEPTH} levels are allowed", hint="flatten the recipe"
+        return Document(self.file, self.text, data, self.places)
+
+    def _value(self, event: Any, path: Path_, depth: int) -> Any:
+        kind = type(event).__name__
+        self.places.setdefault(path, self.here)
+        self._refuse_surprises(event, kind)
+        if kind == "ScalarEvent":
+            return self._scalar(event)
+        if depth == MAX_DEPTH:
+            raise self._error(f"nested too deeply; at most {MAX_DEPTH} levels are allowed", "flatten the recipe")
+        if kind == "MappingStartEvent":
+            return self._mapping(path, depth)
+        items: list[Any] = []
+        while type(item := next(self.events)).__name__ != "SequenceEndEvent":
+            items.append(self._value(item, (*path, len(items)), depth + 1))
+        return items
+
+    def _mapping(self, path: Path_, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        while type(event := next(self.events)).__name__ != "MappingEndEvent":
+            kind = type(event).__name__
+            self._refuse_surprises(event, kind)
+            if kind != "ScalarEvent":
+                raise self._error(
+                    f"a key must be text, not a {'list' if kind == 'SequenceStartEvent' else 'mapping'}", "write key: value"
                 )
-        elif type(event).__name__ in ("MappingEndEvent", "SequenceEndEvent"):
-            depth -= 1
+            if event.value == "<<" and not event.style:
+                raise self._error("merge keys (<<) are not allowed in recipes", "write the values out where they are used")
+            key = self._scalar(event)
+            if not isinstance(key, str):
+                raise self._error(f"a key must be text, not {_word(key)}", "quote the key")
+            inner = (*path, key)
+            if key in result:
+                raise self._error(
+                    f"{dotted(inner)}: duplicate key; it is already given in line {self.places[inner].line}",
+                    "remove one of the two",
+                )
+            self.places[inner] = self.here
+            result[key] = self._value(next(self.events), inner, depth + 1)
+        return result
 
-
-def _plain(node: Any, path: Path_, places: dict[Path_, Place], file: Path, yaml: Any) -> Any:
-    from ruamel.yaml.nodes import MappingNode, SequenceNode
-
-    places.setdefault(path, _place(node))
-    if isinstance(node, MappingNode):
-        _refuse_tag(node, "tag:yaml.org,2002:map", file)
-        return _mapping(node, path, places, file, yaml)
-    if isinstance(node, SequenceNode):
-        _refuse_tag(node, "tag:yaml.org,2002:seq", file)
-        return [_plain(item, (*path, index), places, file, yaml) for index, item in enumerate(node.value)]
-    return _scalar(node, file)
-
-
-def _mapping(node: Any, path: Path_, places: dict[Path_, Place], file: Path, yaml: Any) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        place = _place(key_node)
-        where = f"{file}:{place.line}:{place.column}"
-        key = _scalar(key_node, file) if isinstance(key_node.value, str) else None
-        if not isinstance(key, str):
-            raise RecipeError(f"{where}: a key must be text, not {_word(key)}", hint="quote the key")
-        inner = (*path, key)
-        if key in result:
-            raise RecipeError(
-                f"{where}: {dotted(inner)}: duplicate key; it is already given in line {places[inner].line}",
-                hint="remove one of the two",
+    def _refuse_surprises(self, event: Any, kind: str) -> None:
+        if kind == "AliasEvent" or event.anchor is not None:
+            raise self._error("anchors and aliases (& and *) are not allowed in recipes", "write the value out where it is used")
+        if event.tag is not None:
+            tag = str(event.tag).replace("tag:yaml.org,2002:", "!!")
+            raise self._error(
+                f"the tag {shown(tag)[1:-1]} is not allowed in recipes", "remove the tag; recipes hold plain values"
             )
-        places[inner] = place
-        result[key] = _plain(value_node, inner, places, file, yaml)
-    return result
+
+    def _scalar(self, event: Any) -> Any:
+        text: str = event.value
+        if event.style:  # quoted, or a block of lines: text, whatever it looks like
+            if found := re.search("[\ud800-\udfff]|[^\t\n\r\x20-\x7e\x85\xa0-\U0010ffff]", text):
+                raise self._error(f"control character {found.group()!r} in a text", "remove the escape sequence")
+            return text
+        if _NULL.fullmatch(text):
+            return None
+        if found := _BOOL.fullmatch(text):
+            return found[1] is not None
+        number = _INT.fullmatch(text)
+        if (number or _FLOAT.fullmatch(text)) and len(text) > MAX_DIGITS:
+            raise self._error(f"{shown(text)[1:-1]} has more than {MAX_DIGITS} digits", "give a shorter number")
+        if number:
+            return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+        if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and not math.isfinite(float(text))):
+            raise self._error(f"{text} is not a finite number", "give a finite number")
+        return float(text) if _FLOAT.fullmatch(text) else text
+
+    def _events(self) -> Iterator[Any]:
+        """The parser's events; its errors become ours here, and nowhere else."""
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import MarkedYAMLError
+
+        try:
+            for event in YAML(typ="safe", pure=True).parse(self.text):
+                self.here = Place(event.start_mark.line + 1, event.start_mark.column + 1)
+                yield event
+        except MarkedYAMLError as error:
+            raise self._syntax_error(error) from error
+        except (RecipeError, GeneratorExit):
+            raise
+        except Exception as error:
+            # Not only YAMLError: the scanner lets ValueError and others through for some malformed escapes and directives.
+            raise self._error(f"not valid YAML 1.2: {str(error).splitlines()[0] if str(error) else error!r}", _QUOTE) from error
+
+    def _syntax_error(self, error: Any) -> RecipeError:
+        mark, opened = error.problem_mark or error.context_mark, error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (self.here.line, self.here.column)
+        lines = self.text.splitlines()
+        for number in range(max(1, line - 1), min(len(lines), line + 1) + 1):
+            indentation = lines[number - 1][: len(lines[number - 1]) - len(lines[number - 1].lstrip())]
+            if "\t" in indentation:
+                self.here = Place(number, indentation.index("\t") + 1)
+                return self._error("not valid YAML 1.2: a tab is used as indentation", "indent with spaces")
+        self.here = Place(line, column)
+        problem = error.problem or error.context or "it cannot be read"
+        if opened and opened.line + 1 < line and error.context:
+            # an open bracket or quote is noticed only where something else no longer fits
+            problem += f" ({error.context}, which begins in line {opened.line + 1})"
+        return self._error(f"not valid YAML 1.2: {' '.join(problem.split())}", _QUOTE)
+
+    def _error(self, message: str, hint: str) -> RecipeError:
+        return RecipeError(f"{self.file}:{self.here.line}:{self.here.column}: {message}", hint=hint)
 
 
-def _scalar(node: Any, file: Path) -> Any:
-    """A scalar by the YAML 1.2 core schema, as ruamel.yaml resolved its tag."""
-    tag, text = str(node.tag).removeprefix("tag:yaml.org,2002:"), node.value
-    where = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-    if tag == "str":
-        return text
-    if tag == "null":
-        return None
-    if tag == "bool":
-        return text.lower() == "true"
-    if tag == "int":
-        digits = text.replace("_", "")
-        return int(digits, 0) if digits.lstrip("+-")[:2].lower() in ("0x", "0o", "0b") else int(digits)
-    if tag == "float":
-        name = text.replace("_", "").lower().removeprefix("+")
-        value = math.nan if "nan" in name else math.inf if "inf" in name else float(name)
-        if not math.isfinite(value):
-            raise RecipeError(f"{where}: {text} is not a finite number", hint="give a finite number")
-        return value
-    if tag == "timestamp":
-        return text  # a date means nothing in a recipe: it is the text that it looks like
-    raise RecipeError(f"{where}: the tag {tag!r} is not allowed in recipes", hint="remove the tag; recipes hold plain values")
-
-
-def _refuse_tag(node: Any, expected: str, file: Path) -> None:
-    if str(node.tag) != expected:
-        raise RecipeError(
-            f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}: the tag {node.tag} is not allowed in recipes",
-            hint="remove the tag; recipes hold plain values",
-        )
-
-
-def _place(node: Any) -> Place:
-    return Place(node.start_mark.line + 1, node.start_mark.column + 1)
-
-
-def _tab_indents(text: str, line: int) -> bool:
-    lines = text.splitlines()
-    return any("\t" in found[: len(found) - len(found.lstrip())] for found in lines[max(0, line - 2) : line + 1])
+_QUOTE = "quote values that begin with a special character, and close every bracket and quote"
 
 
 def _word(value: Any) -> str:
