@@ -104,6 +104,7 @@ class Run:
             logs=out / "tensorboard",
             on_epoch=display.epoch,
             on_step=display.step,
+            warn=display.warn,
         )
         self.order = 0
         self.started = time.monotonic()

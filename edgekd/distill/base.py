@@ -12,8 +12,8 @@ from edgekd.train.step import StepInputs, TrainState, train_step
 class Distiller(nn.Module):
     """A method at work: it says which taps it wants and gives weighted, named terms.
 
-    Adapters, critics and memory banks are submodules, so they are trained and saved with it. The methods below are all there is to
-    override; a method class derives from this one directly.
+    Adapters, critics and memory banks are submodules, so they are trained and saved with it. The methods below are all there is
+    to override; a method class derives from this one directly.
     """
 
     student_taps: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -52,8 +53,10 @@ def soft_cross_entropy(student_logits_BK: Tensor, teacher_logits_BK: Tensor, tem
     Reference:
         arXiv 1503.02531, equation 1 and section 2.
     """
-    student_log_BK = F.log_softmax(student_logits_BK.float() / temperature, dim=1)
-    teacher_log_BK = F.log_softmax(teacher_logits_BK.detach().float() / temperature, dim=1)
+    # at least float32: under autocast the exponentials lose too much in 16 bits
+    dtype = torch.promote_types(student_logits_BK.dtype, torch.float32)
+    student_log_BK = F.log_softmax(student_logits_BK.to(dtype) / temperature, dim=1)
+    teacher_log_BK = F.log_softmax(teacher_logits_BK.detach().to(dtype) / temperature, dim=1)
     return temperature**2 * F.kl_div(student_log_BK, teacher_log_BK, reduction="batchmean", log_target=True)
 
 

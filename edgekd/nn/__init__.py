@@ -1,1 +1,1 @@
-
+"""Parts of torch models that training, pruning and quantization share."""

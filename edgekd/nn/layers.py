@@ -17,8 +17,8 @@ def layer_table(module: nn.Module, before: dict[str, int] | None = None) -> list
         before: Output channels per layer before pruning, where the model was pruned.
 
     Returns:
-        Rows with path, kind, channels (outputs), channels_before, params, sparsity (share of weights that are exactly zero, 0..1),
-        weight_bits and activation_bits (32 for float layers; quantization fills in its own).
+        Rows with path, kind, channels (outputs), channels_before, params, sparsity (share of weights that are exactly zero, from
+        0 to 1), weight_bits and activation_bits (32 for float layers; quantization fills in its own).
     """
     rows = []
     for path, part in module.named_modules():

@@ -6,14 +6,20 @@ arXiv 2301.12900). A group is all channels that must go together; its importance
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgekd.errors import TrainingError
 from edgekd.models import fixed_channels
 from edgekd.nn.flops import macs
+
+LARGEST = 0.95
+"""No more than this share is cut, so that no layer is cut away."""
 
 
 def prune(module: nn.Module, example: Tensor, *, ratio: float, round_to: int, scope: str) -> nn.Module:
@@ -22,39 +28,30 @@ def prune(module: nn.Module, example: Tensor, *, ratio: float, round_to: int, sc
     Args:
         module: The model; unchanged. Its outputs keep their size.
         example: An input, [B, C, H, W].
-        ratio: Share of channels to cut, 0 to 1.
-        round_to: Channels that stay are a multiple of this.
+        ratio: Share of channels to cut, 0 to 0.95.
+        round_to: Channels that stay in a layer that is cut: the nearest multiple of this, and at least one of it.
         scope: ``layer`` cuts the share in every group; ``model`` ranks all groups together and cuts the least important.
 
     Raises:
         TrainingError: The library cannot follow the model, or the pruned model does not run.
     """
-    import torch_pruning as tp
-
     pruned = copy.deepcopy(module).eval()
-    outputs = pruned(example)
+    fixed, size = _last_layer(pruned, example)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library warns about every parameter that belongs to no layer
-            pruner = tp.pruner.BasePruner(
-                pruned,
-                example,
-                importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean", normalizer="mean"),
-                global_pruning=scope == "model",
-                pruning_ratio=ratio,
-                max_pruning_ratio=0.95,  # a layer is never cut away
-                ignored_layers=[*_outputs(pruned, outputs.shape[1]), *fixed_channels(pruned)],
-                round_to=round_to,
-            )
-            pruner.step()
-        same = pruned(example).shape == outputs.shape
-    except Exception as error:
+            _pruner(pruned, example, ratio, round_to, scope, [*fixed, *fixed_channels(pruned)]).step()
+        same = pruned(example).shape == size
+    except Exception as error:  # the library and the model's own code may raise anything; the cause stays attached
         raise TrainingError(
-            f"{type(module).__name__} cannot be pruned: {error}",
+            f"{type(module).__name__} cannot be pruned: {type(error).__name__}: {error}",
             hint="remove the prune stage, or use a model whose channels torch-pruning can follow",
         ) from error
     if not same:
-        raise TrainingError(f"pruning changed the outputs of {type(module).__name__}; it cannot be pruned")
+        raise TrainingError(
+            f"{type(module).__name__} cannot be pruned: its outputs would no longer be {list(size)}",
+            hint="remove the prune stage, or let the model end with one linear or convolution layer",
+        )
     return pruned
 
 
@@ -69,25 +66,61 @@ def prune_to_macs(module: nn.Module, example: Tensor, *, share: float, round_to:
     Raises:
         TrainingError: Even the largest cut leaves more than ``share``.
     """
-    limit = share * macs(module, tuple(example.shape[1:]))
-    low, high, best = 0.0, 0.95, None
-    for _ in range(12):
-        middle = (low + high) / 2
-        candidate = prune(module, example, ratio=middle, round_to=round_to, scope=scope)
-        if macs(candidate, tuple(example.shape[1:])) <= limit:
-            high, best = middle, (candidate, middle)
-        else:
-            low = middle
-    if best is None:
+    whole = macs(module, tuple(example.shape[1:]))
+    low, high = 0.0, LARGEST
+    best = prune(module, example, ratio=high, round_to=round_to, scope=scope)
+    least = macs(best, tuple(example.shape[1:])) / whole
+    if least > share:
         raise TrainingError(
-            f"no pruning ratio up to 0.95 brings the MACs to {share:.0%} of the original's with round_to {round_to}",
+            f"pruning cannot bring the MACs to {share:.1%} of the original's: at most {LARGEST:.0%} of the channels are cut, to "
+            f"multiples of {round_to}, which leaves {least:.1%}",
             hint="raise the MACs target or lower round_to",
         )
-    return best
+    for _ in range(10):
+        middle = (low + high) / 2
+        candidate = prune(module, example, ratio=middle, round_to=round_to, scope=scope)
+        if macs(candidate, tuple(example.shape[1:])) <= share * whole:
+            high, best = middle, candidate
+        else:
+            low = middle
+    return best, high
 
 
-def _outputs(module: nn.Module, size: int) -> list[nn.Module]:
-    """The layers whose outputs are the model's own: the last linear or convolution layers with as many outputs as the model."""
-    layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    last = layers[-1:]
-    return [part for part in last if isinstance(part, nn.Linear) or part.out_channels == size] or last
+def _pruner(module: nn.Module, example: Tensor, ratio: float, round_to: int, scope: str, ignored: list[nn.Module]) -> Any:
+    """The library's pruner with a rounding of our own.
+
+    The library rounds down what stays. So with 16 channels and multiples of 8 the least cut halves the layer, and a cut below 8
+    leaves none, upon which the library keeps the whole layer: the least important layers would survive uncut, and a larger ratio
+    would give a larger model.
+    """
+    import torch_pruning as tp
+
+    class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]  # the library has no annotations
+        def _round_to(self, cut: int, channels: int, multiple: int) -> int:
+            stay = max(1, int((channels - cut) / multiple + 0.5)) * multiple
+            if stay > channels:
+                stay = channels - channels % multiple or channels
+            return channels - stay
+
+    return Pruner(
+        module,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean", normalizer="mean"),
+        global_pruning=scope == "model",
+        pruning_ratio=ratio,
+        max_pruning_ratio=LARGEST,
+        ignored_layers=ignored,
+        round_to=round_to,
+    )
+
+
+def _last_layer(module: nn.Module, example: Tensor) -> tuple[list[nn.Module], torch.Size]:
+    """The linear or convolution layer that runs last, whose outputs are the model's own, and the size of the model's output."""
+    ran: list[nn.Module] = []
+    with contextlib.ExitStack() as hooks:
+        for part in module.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                hooks.callback(part.register_forward_hook(lambda layer, *_: ran.append(layer)).remove)
+        with torch.no_grad():
+            size = module(example).shape
+    return ran[-1:], size

@@ -28,7 +28,7 @@ class PruneConfig(Config):
     macs: float | None = Field(None, gt=0, lt=1)
     """Multiply-accumulates to keep, as a share of those before."""
     round_to: int = Field(8, ge=1, le=256)
-    """Channels that stay are a multiple of this, so that engines can use whole vector registers."""
+    """Layers that are cut keep the nearest multiple of so many channels, so that engines can use whole vector registers."""
     scope: Literal["model", "layer"] = "model"
     """Rank the channels of the whole model together, or cut the same share everywhere."""
     train: TrainConfig

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -43,11 +45,13 @@ def check_processes(config: ComputeConfig, command: str) -> None:
     """Refuse a recipe whose number of processes differs from what was started.
 
     Raises:
-        RecipeError: With the torchrun command to use instead.
+        RecipeError: With the command to use instead.
     """
     if config.devices != world_size():
+        # This very Python: `torchrun` need not be on the path, and where it is, it may belong to another environment.
+        launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
         hint = (
-            f"start it with: torchrun --nproc-per-node {config.devices} -m {command}"
+            f"start it with: {launcher} --nproc-per-node {config.devices} -m {command}"
             if config.devices > 1
             else f"set compute.devices to {world_size()}, or start it without torchrun"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from edgekd.nn.layers import layer_table
 from edgekd.tasks.base import Task
 from edgekd.train.checkpoint import Architecture, Loaded, build_float
 from edgekd.train.hardware import ComputeConfig, make_fabric
-from edgekd.train.loop import Setting, train
+from edgekd.train.loop import Setting, ignore, train, warn
 from edgekd.train.optim import TrainConfig
 from edgekd.train.step import TaskOnly
 
@@ -41,8 +41,12 @@ class Context:
     """Folder of the TensorBoard logs."""
     teacher: Callable[[], Loaded] | None = None
     """Loads the teacher; None where the recipe has none."""
-    on_epoch: Callable[[str, int, dict[str, Any]], None] = field(default=lambda title, epochs, record: None)
-    on_step: Callable[[str, int, int, int], None] = field(default=lambda title, done, total, images: None)
+    on_epoch: Callable[[str, int, dict[str, Any]], None] = ignore
+    """Told of every finished epoch: title, epochs in all, record."""
+    on_step: Callable[[str, int, int, int], None] = ignore
+    """Told of every step: title, steps done, steps in all, images so far in this epoch."""
+    warn: Callable[[str], None] = warn
+    """Told, in a sentence, of what is wrong but does not stop the run."""
     _fabric: Fabric | None = None
 
     @property
@@ -65,6 +69,7 @@ class Context:
             title=title,
             on_epoch=lambda record: self.on_epoch(title, epochs, record),
             on_step=lambda done, total, images: self.on_step(title, done, total, images),
+            warn=self.warn,
         )
 
 

@@ -48,7 +48,7 @@ class StepInputs:
 
 
 class Objective(Protocol):
-    """What a stage trains towards beside the task: a Distiller, or nothing. It is an nn.Module; its parameters are trained too."""
+    """What a stage trains towards beside the task: a Distiller, or nothing. An nn.Module, whose parameters are trained too."""
 
     student_taps: tuple[str, ...]
     teacher_taps: tuple[str, ...]
@@ -169,13 +169,13 @@ def _average_objective_gradients(state: TrainState) -> None:
     if state.fabric.world_size > 1:
         for parameter in state.objective.parameters():
             if parameter.grad is not None:
-                parameter.grad = state.fabric.all_reduce(parameter.grad, reduce_op="mean")
+                state.fabric.all_reduce(parameter.grad, reduce_op="mean")  # in place
 
 
 @contextlib.contextmanager
 def _no_sync(state: TrainState, skip: bool) -> Iterator[None]:
     if skip and state.fabric.world_size > 1:
-        with state.fabric.no_backward_sync(state.student):
+        with state.fabric.no_backward_sync(state.student):  # type: ignore[arg-type]  # Fabric wrapped it, see loop.py
             yield
     else:
         yield
