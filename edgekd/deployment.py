@@ -1,7 +1,7 @@
 """The deploy matrix of a run: ONNX, engines, measurements, comparisons, budget.
 
-Every cell (backend, precision, whose model) ends as measured, built, skipped or failed, with a reason where it is not measured: one
-backend's refusal does not cost the others their results.
+Every cell (backend, precision, whose model) ends as measured, built, skipped or failed, with a reason where it is not measured:
+one backend's refusal does not cost the others their results.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Deployment:
 
     def _bench(self, engine: Artifact, entry: DeployConfig, role: str, images: dict[str, Path]) -> Artifact | JobResult:
         measure = self.recipe.measure
-        config = {"batch": entry.batch, "warmup_s": measure.warmup_s, "duration_s": measure.duration_s}
+        config: dict[str, Any] = {"batch": entry.batch, "warmup_s": measure.warmup_s, "duration_s": measure.duration_s}
         inputs = {"kind": "bench", "engine": engine.id, "config": config, "host": self.host, "data": self.dataset.fingerprint}
 
         def fill(folder: Path) -> dict[str, Any]:
@@ -198,7 +198,11 @@ class Deployment:
         cells = self.record["cells"]
         group = sorted(group, key=lambda index: (cells[index]["role"] != "student", cells[index]["precision"] != "float32"))
         engines = [self.store.root / cells[index]["engine"] for index in group]
-        config = {"batch": entry.batch, "warmup_s": self.recipe.measure.warmup_s, "duration_s": self.recipe.measure.compare_s}
+        config: dict[str, Any] = {
+            "batch": entry.batch,
+            "warmup_s": self.recipe.measure.warmup_s,
+            "duration_s": self.recipe.measure.compare_s,
+        }
         ids = [folder.name.rsplit("-", 1)[-1] for folder in engines]
         inputs = {"kind": "compare", "engines": ids, "config": config, "host": self.host, "data": self.dataset.fingerprint}
 
@@ -240,14 +244,14 @@ class Deployment:
     ) -> Artifact:
         """Find an artifact, or make it with ``fill``, which writes its files and returns its metrics."""
         self.order += 1
-        id = content_id({**inputs, "versions": environment, "edgekd": __version__})
+        key = content_id({**inputs, "versions": environment, "edgekd": __version__})
         start = time.monotonic()
-        found = self.store.find(id)
+        found = self.store.find(key)
         status = "reused"
         if found is None:
             status = "done"
             with self.store.draft(
-                id=id,
+                id=key,
                 order=self.order,
                 kind=kind,
                 stage=stage,
@@ -257,7 +261,7 @@ class Deployment:
                 environment={"edgekd": __version__, **environment},
             ) as draft:
                 draft.metrics = fill(draft.folder)
-            found = self.store.peek(id)
+            found = self.store.peek(key)
             assert found is not None
         self.record["steps"].append(
             {

@@ -1,7 +1,7 @@
 """Runs a recipe: checkpoints first, then the deploy matrix, then the report. Finished artifacts are reused.
 
-The run directory is the only state. ``run.json`` says what was planned and what became of it; it is written after every step, so an
-interrupted or failed run can be reported too.
+The run directory is the only state. ``run.json`` says what was planned and what became of it; it is written after every step, so
+an interrupted or failed run can be reported too.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Run:
         self.order += 1
         versions = {library: version(library) for library in TRAINING_LIBRARIES}
         compute = self.recipe.compute.model_dump(mode="json", exclude={"threads"})
-        id = content_id(
+        key = content_id(
             {
                 "kind": "checkpoint",
                 "config": config,
@@ -244,12 +244,12 @@ class Run:
         )
         self.record["doing"] = name
         start = time.monotonic()
-        found = self.store.find(id) if rank() == 0 or self.context.compute.devices == 1 else self.store.peek(id)
+        found = self.store.find(key) if rank() == 0 or self.context.compute.devices == 1 else self.store.peek(key)
         status = "reused" if found is not None else "done"
         if found is None:
             self.display.stage(name, role)
-            trained: Trained = make(self.store.work(id))
-            found = self._store(id, config, name, role, parents, trained, versions, start)
+            trained: Trained = make(self.store.work(key))
+            found = self._store(key, config, name, role, parents, trained, versions, start)
         else:
             self.display.reused(found.folder.name)
         self._note(found, name, role, start, status)
@@ -258,7 +258,7 @@ class Run:
 
     def _store(
         self,
-        id: str,
+        key: str,
         config: dict[str, Any],
         name: str,
         role: str,
@@ -268,7 +268,7 @@ class Run:
         start: float,
     ) -> Artifact:
         loaded, context = trained.loaded, self.context
-        setting = context.setting(name, self.store.work(id), 0)
+        setting = context.setting(name, self.store.work(key), 0)
         metric = evaluate(loaded.module, self.dataset.test, setting)
         loaded.module.to("cpu")
         if context.fabric.is_global_zero:
@@ -279,7 +279,7 @@ class Run:
                 "threads": _threads(),
             }
             with self.store.draft(
-                id=id,
+                id=key,
                 order=self.order,
                 kind="checkpoint",
                 stage=name,
@@ -301,7 +301,7 @@ class Run:
                 draft.seconds = time.monotonic() - start
         context.fabric.barrier()
         self.display.trained(name, self.task.metric_name, metric, time.monotonic() - start)
-        found = self.store.peek(id)
+        found = self.store.peek(key)
         if found is None:
             raise ArtifactError(
                 f"the checkpoint {name} was written and is not there", hint="is another program writing to the run directory?"
@@ -391,7 +391,7 @@ def thin(dataset: Dataset, counts: dict[str, int]) -> Dataset:
         index = np.unique(np.linspace(0, len(split.labels) - 1, min(count, len(split.labels))).round().astype(int))
         return dataclasses.replace(split, images=np.ascontiguousarray(split.images[index]), labels=split.labels[index])
 
-    splits = {name: cut(getattr(dataset, name), count) for name, count in counts.items()}
+    splits: dict[str, Any] = {name: cut(getattr(dataset, name), count) for name, count in counts.items()}
     fingerprint = content_id({"thinned": counts, "of": dataset.fingerprint})
     return dataclasses.replace(dataset, **splits, fingerprint=fingerprint)
 

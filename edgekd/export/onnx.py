@@ -81,7 +81,11 @@ def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[
     def spec(value: Any) -> dict[str, Any]:
         tensor = value.type.tensor_type
         shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-        return {"name": value.name, "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name, "shape": shape}
+        return {
+            "name": value.name,
+            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name,
+            "shape": shape,
+        }
 
     return {
         "inputs": [spec(value) for value in model.graph.input],
@@ -98,7 +102,9 @@ def save(model: Any, path: Path) -> None:
         ExportError: It is larger than the 2 GiB that one ONNX file holds.
     """
     if model.ByteSize() >= 2**31:
-        raise ExportError(f"the model has {model.ByteSize() / 2**30:.1f} GiB; one ONNX file holds less than 2", hint="use a smaller student")
+        raise ExportError(
+            f"the model has {model.ByteSize() / 2**30:.1f} GiB; one ONNX file holds less than 2", hint="use a smaller student"
+        )
     path.write_bytes(model.SerializeToString())
 
 

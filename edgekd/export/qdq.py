@@ -1,14 +1,14 @@
-"""From a fake-quantized model to one that an engine runs on integers: batch norms folded, weights as int8, codes as it likes them.
+"""From a fake-quantized model to one that an engine runs on integers: batch norms folded, int8 weights, codes as it likes them.
 
 One trained quantization is written in the encoding that each backend runs as integers:
 
-- ``u8`` (ONNX Runtime and OpenVINO on CPUs): unsigned activations. Where values may be negative, code + 128 with zero point 128: the
-  same grid. Where they may not, zero point 0 and half the trained step: 0..255 instead of 0..127 with the same end, a finer grid
-  that has every trained value on it. With zero point 0 the ReLU disappears into the quantizer.
+- ``u8`` (ONNX Runtime and OpenVINO on CPUs): unsigned activations. Where values may be negative, code + 128 with zero point 128:
+  the same grid. Where they may not, zero point 0 and half the trained step: 0..255 instead of 0..127 with the same end, a finer
+  grid that has every trained value on it. With zero point 0 the ReLU disappears into the quantizer.
 - ``s8`` (TensorRT and TensorRT-RTX): int8 with zero point 0, as trained.
 
 Biases stay float in both: ONNX Runtime and OpenVINO quantize them to int32 by themselves, and TensorRT refuses an int32
-DequantizeLinear. In the graph, QuantizeLinear and DequantizeLinear stand at activations, and DequantizeLinear behind int8 weights.
+DequantizeLinear. The graph has QuantizeLinear and DequantizeLinear at activations, and DequantizeLinear behind int8 weights.
 """
 
 from __future__ import annotations

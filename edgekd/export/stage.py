@@ -30,12 +30,14 @@ class ExportConfig(Config):
     parity_images: int = Field(256, ge=1, le=100_000)
     """Images of the validation split on which ONNX Runtime is compared with torch."""
     max_error: float | None = Field(None, gt=0)
-    """Largest difference of an output value, as a share of the output's range; null: 0.001 for float32, 0.03 for float16, 0.1 for int8."""
+    """Largest difference of an output value, as a share of the largest one; null: 0.001 (float32), 0.03 (float16), 0.1 (int8)."""
     max_changed: float = Field(0.02, ge=0, le=1)
     """Largest share of decisions that may change, 0..1."""
 
 
-def run(config: ExportConfig, checkpoint: Checkpoint, encoding: str, dataset: Dataset, task: Task, folder: Path) -> dict[str, Any]:
+def run(
+    config: ExportConfig, checkpoint: Checkpoint, encoding: str, dataset: Dataset, task: Task, folder: Path
+) -> dict[str, Any]:
     """Export a checkpoint and compare the file with torch.
 
     Args:

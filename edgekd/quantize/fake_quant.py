@@ -1,7 +1,8 @@
 """Fake quantization: rounding to integer codes and back, in float, with gradients for values and scales.
 
-One operator, ``edgekd::fake_quantize``, serves training and export: the exporter turns it into QuantizeLinear and DequantizeLinear
-(edgekd.export.qdq). Its gradients are those of LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv 1902.08153,
+One operator, ``edgekd::fake_quantize``, serves training and export: the exporter turns it into QuantizeLinear and
+DequantizeLinear (edgekd.export.qdq). Its gradients are those of
+LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv 1902.08153,
 equations 2, 3 and 5). Written from the paper.
 
 Differs from the paper: a quantizer stores the logarithm of its step, so that no optimizer step and no average of weights can make
@@ -22,7 +23,7 @@ SMALLEST_SCALE = 2.0**-24
 
 
 @torch.library.custom_op("edgekd::fake_quantize", mutates_args=())
-def fake_quantize(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:  # noqa: ARG001  for the export
     """``scale * clamp(round(values / scale), low, high)``, ties to even.
 
     Args:
@@ -67,8 +68,8 @@ fake_quantize.register_autograd(_backward, setup_context=_keep)
 class Quantizer(nn.Module):
     """Quantizes an activation to 8 bits with one scale; the same module may serve several tensors that must share it.
 
-    Codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is negative. An encoding
-    for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one.
+    Codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is negative. An
+    encoding for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one.
 
     Args:
         signed: Whether values may be negative.

@@ -36,8 +36,8 @@ class Observer:
 def best_scale(observer: Observer, low: int, high: int) -> float:
     """The scale with the smallest mean squared error on the sample.
 
-    Candidates clip between a fifth and all of the largest magnitude: clipping a few outliers costs less than a coarse grid for all
-    other values.
+    Candidates clip between a fifth and all of the largest magnitude: clipping a few outliers costs less than a coarse grid for
+    all other values.
 
     Args:
         observer: What was seen.

@@ -2,12 +2,12 @@
 
 The model is traced (torch.fx) and these rules applied to the graph:
 
-- Convolutions and linear layers get int8 weights, and every tensor that they read is quantized where it is made: after the ReLU,
-  or after the batch norm where no ReLU follows, which are folded into the convolution at export.
+- Convolutions and linear layers get int8 weights, and every tensor that they read is quantized where it is made: after the
+  ReLU, or after the batch norm where no ReLU follows, which are folded into the convolution at export.
 - A convolution's result is always quantized, except where it is the model's output: ONNX Runtime runs no convolution on integers
   whose result is not.
-- Both inputs of an addition behind convolutions are quantized, and its result, after the ReLU. Quantizing the residual input alone
-  leaves ONNX Runtime with float convolutions (a ResNet-18 then runs no faster than in float32).
+- Both inputs of an addition behind convolutions are quantized, and its result, after the ReLU. Quantizing the residual input
+  alone leaves ONNX Runtime with float convolutions (a ResNet-18 then runs no faster than in float32).
 - Operations that move values without changing them (max pooling, reshape, split, nearest upsampling) and concatenations share one
   quantizer among what goes in and what comes out.
 - Everything else (SiLU, hard-swish, LayerNorm, softmax, GELU, products, batch norms that follow no convolution) stays in float.
@@ -79,7 +79,8 @@ def trace(module: nn.Module, taps: Mapping[str, str]) -> tuple[fx.GraphModule, d
     for role, place in taps.items():
         if place not in tracer.found:
             raise TrainingError(
-                f"tap {role!r}: {place!r} gives no single tensor while {type(module).__name__} is traced", hint="correct the model's taps"
+                f"tap {role!r}: {place!r} gives no single tensor while {type(module).__name__} is traced",
+                hint="correct the model's taps",
             )
     return fx.GraphModule(tracer.root, graph, type(module).__name__), {role: tracer.found[place] for role, place in taps.items()}
 
@@ -111,8 +112,8 @@ class Placement:
     def quantized(self) -> dict[fx.Node, fx.Node]:
         """Every node whose value is quantized -> the node that stands for its quantizer; nodes that share one have the same."""
         result = {node: self._group(node) for node in self._sources}
-        # What merely moves a quantized value is quantized again where an integer operation reads it, so that the operation and its
-        # input's codes stand side by side in the exported graph; the same scale makes it the identity.
+        # What merely moves a quantized value is quantized again where an integer operation reads it, so that the operation and
+        # its input's codes stand side by side in the exported graph; the same scale makes it the identity.
         for node in self.nodes:
             if self.moves(node) and any(user in self._readers() for user in node.users) and self._group(node) in result.values():
                 result[node] = self._group(node)
@@ -165,8 +166,9 @@ class Placement:
             self._sources.add(self.end(node))
 
     def end(self, node: fx.Node) -> fx.Node:
-        """The last node of what is fused into a convolution or an addition: its batch norm and its ReLU, where nothing else reads
-        the values in between.
+        """The last node of what is fused into a convolution or an addition: its batch norm and its ReLU.
+
+        Neither is, where something else reads the value before it.
         """
         follower = next(iter(node.users)) if len(node.users) == 1 else None
         if follower is not None and node.op == "call_module" and self.folds(node, follower):

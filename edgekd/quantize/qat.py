@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor, fx, nn
 
 from edgekd._config import Config
 from edgekd.errors import ArtifactError, TrainingError, nearest
@@ -22,11 +23,11 @@ class QuantizerConfig(Config):
 
     ranges: Literal["learned", "calibrated"] = "learned"
     """Activation ranges start from the calibration split (least squared error); learned ones are then trained along."""
-    skip: list[str] = []
+    skip: list[str] = Field(default_factory=list)
     """Module paths of layers that stay in float; * matches anything, as in `head.*`."""
 
 
-def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig, example: Tensor) -> nn.Module:
+def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig, example: Tensor) -> fx.GraphModule:
     """A copy of a float model with quantizers in it, not yet calibrated.
 
     Args:
@@ -44,7 +45,9 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
     traced, places = trace(model, taps)
     placement = Placement(traced, lambda path: any(fnmatchcase(path, pattern) for pattern in config.skip))
     if not placement.layers:
-        raise TrainingError(f"{type(module).__name__} has no convolution or linear layer to quantize", hint="remove the quantize stage")
+        raise TrainingError(
+            f"{type(module).__name__} has no convolution or linear layer to quantize", hint="remove the quantize stage"
+        )
     _check_trace(traced, model, example)
     groups = placement.quantized()
     names: dict[Any, str] = {}
@@ -79,7 +82,8 @@ def _check_skip(model: nn.Module, patterns: list[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise TrainingError(
-                f"quantizer.skip: no layer matches {pattern!r}{nearest(pattern, paths)}", hint=f"the model's layers: {', '.join(paths)}"
+                f"quantizer.skip: no layer matches {pattern!r}{nearest(pattern, paths)}",
+                hint=f"the model's layers: {', '.join(paths)}",
             )
 
 
@@ -120,7 +124,9 @@ def calibrate(quantized: nn.Module, batches: Iterable[Tensor]) -> None:
     for name, quantizer in quantizers.items():
         scale = best_scale(observers[name], quantizer.low, quantizer.high)
         if not 0 < scale < float("inf"):
-            raise TrainingError(f"the values at {name!r} are not finite on the calibration images", hint="check the float model's weights")
+            raise TrainingError(
+                f"the values at {name!r} are not finite on the calibration images", hint="check the float model's weights"
+            )
         with torch.no_grad():
             quantizer.log_scale.fill_(scale).log_()
     quantized.train(mode)
@@ -131,7 +137,7 @@ def named_quantizers(quantized: nn.Module) -> dict[str, Quantizer]:
     return {path.removeprefix("quantizers."): part for path, part in quantized.named_modules() if isinstance(part, Quantizer)}
 
 
-def plan(quantized: nn.Module) -> dict[str, Any]:
+def plan(quantized: fx.GraphModule) -> dict[str, Any]:
     """What :func:`rebuild` needs, as data: the configuration, and what it led to, for comparison."""
     return {
         "config": quantized.meta["config"],
@@ -140,7 +146,7 @@ def plan(quantized: nn.Module) -> dict[str, Any]:
     }
 
 
-def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any], example: Tensor) -> nn.Module:
+def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any], example: Tensor) -> fx.GraphModule:
     """The quantized model of a plan, its weights and scales not yet loaded.
 
     Raises:

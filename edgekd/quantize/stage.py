@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import fx, nn
 
 from edgekd._config import Config
 from edgekd.artifacts import Checkpoint
@@ -43,7 +43,7 @@ def prepare(config: QuantizeConfig, source: Loaded) -> Loaded:
     return _described(quantized, source)
 
 
-def _described(quantized: nn.Module, source: Loaded) -> Loaded:
+def _described(quantized: fx.GraphModule, source: Loaded) -> Loaded:
     taps = {role: f"taps.{role}" for role in source.taps}  # the trace re-homes them (edgekd.quantize.placement)
     return Loaded(quantized, taps, source.architecture.with_plans(quantization=qat.plan(quantized)))
 
