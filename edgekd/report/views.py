@@ -1,0 +1,324 @@
+"""The report's data arranged as tables of text. Markdown, HTML and terminal print these, so they cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from edgekd.report import units
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    numeric: frozenset[int]
+    """Columns that are aligned right."""
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def without(self, *columns: str) -> Table:
+        """The same table with fewer columns."""
+        keep = [index for index, name in enumerate(self.columns) if name not in columns]
+        return Table(
+            tuple(self.columns[index] for index in keep),
+            [tuple(row[index] for index in keep) for row in self.rows],
+            frozenset(new for new, old in enumerate(keep) if old in self.numeric),
+        )
+
+
+def table(columns: str, rows: Iterable[Iterable[object]]) -> Table:
+    """A table from its headings, separated by ``|``; a heading that ends in ``>`` is a column of numbers."""
+    names = [name.strip() for name in columns.split("|")]
+    return Table(
+        tuple(name.rstrip("> ") for name in names),
+        [tuple(units.plain(cell) for cell in row) for row in rows],
+        frozenset(index for index, name in enumerate(names) if name.endswith(">")),
+    )
+
+
+def metric_name(report: Report) -> str:
+    """The task's metric, or ``metric`` where nothing says which."""
+    entries = [entry["metric"] for entry in (*report["models"], *report["engines"]) if entry["metric"]]
+    return str(entries[0]["name"]) if entries else "metric"
+
+
+def headline(report: Report) -> str:
+    """The answer in one sentence."""
+    answer = report["answer"]
+    if answer["compressed"] is None:
+        return f"No answer yet: {answer['reason']}."
+    engine, metric = report["engines"][answer["compressed"]], answer["metric"]
+    what = f"The compressed student ({engine['precision']} on {engine['group']}{_threads(engine)})"
+    if metric["compressed"] is not None:
+        value = units.metric({"name": metric["name"], "value": metric["compressed"]})
+    else:
+        value = "unknown"
+    if answer["reference"] is None:
+        return f"{what} takes {units.ms(engine['latency_ms']['p50'])} at {value} {metric['name']}; {answer['reason']}."
+    latency, size = answer["latency_ms"], answer["size_bytes"]
+    text = f"{what} runs {units.ratio(latency['ratio'])} as fast as {_reference_words(report)}"
+    if latency["interval"] is not None:
+        text += f" {units.interval(latency['interval'])}"
+    text += f", at {value} {metric['name']}"
+    if metric["difference"] is not None:
+        text += f" ({units.difference(metric['difference'], metric['name'])})"
+    if size["ratio"] is not None:
+        text += f", in a file {factor(size['ratio'], 'smaller', 'larger')}"
+    return text + "."
+
+
+def factor(ratio: float | None, less: str, more: str) -> str:
+    """``3.10× smaller`` or ``1.20× larger``."""
+    if ratio is None:
+        return units.NONE
+    return f"{units.ratio(ratio)} {less}" if ratio >= 1 else f"{units.ratio(1 / ratio)} {more}"
+
+
+def _threads(engine: dict[str, Any]) -> str:
+    count = engine["threads"]
+    return "" if count is None or "threads" in engine["group"] else f", {count} thread{'s' if count != 1 else ''}"
+
+
+def _reference_words(report: Report) -> str:
+    engine = report["engines"][report["answer"]["reference"]]
+    return {"teacher": "the teacher", "student_alone": "the student trained alone"}.get(
+        engine["role"], f"its {engine['precision']} twin"
+    )
+
+
+def answer(report: Report) -> Table:
+    """The answer as a table: what, before, after, change."""
+    found = report["answer"]
+    latency, metric, energy = found["latency_ms"], found["metric"], found["energy_j"]
+    speed = f"{units.ratio(latency['ratio'])} as fast"
+    if latency["interleaved"]:
+        speed += f", interleaved; {100 * latency['confidence']:.0f} % interval {units.interval(latency['interval'])}"
+    else:
+        speed += ", measured apart"
+
+    def named(key: str) -> dict[str, Any] | None:
+        return {"name": metric["name"], "value": metric[key]} if metric[key] is not None else None
+
+    rows = [
+        (
+            metric["name"] or "metric",
+            units.metric(named("reference")),
+            units.metric(named("compressed")),
+            units.difference(metric["difference"], metric["name"] or ""),
+        ),
+        (
+            "latency, p50",
+            units.ms(latency["reference"]),
+            units.ms(latency["compressed"]),
+            speed if latency["ratio"] else units.NONE,
+        ),
+        _amount("engine size", found["size_bytes"], units.size, "smaller", "larger"),
+        _amount("peak memory", found["peak_memory_mib"], units.mib, "less", "more"),
+        _amount("energy per inference", energy, units.joules, "less", "more"),
+        _amount("parameters", found["params"], units.count, "fewer", "more"),
+        _amount("multiply-accumulates", found["macs"], units.count, "fewer", "more"),
+    ]
+    if energy["compressed"] is None and energy["reason"]:
+        rows[4] = (*rows[4][:3], f"not read: {energy['reason']}")
+    before = report["engines"][found["reference"]]["role"] if found["reference"] is not None else "teacher"
+    return table(f"|{units.role(before)} >|compressed >|change", rows)
+
+
+def _amount(name: str, pair: dict[str, Any], text: Any, less: str, more: str) -> tuple[str, str, str, str]:
+    return name, text(pair["reference"]), text(pair["compressed"]), factor(pair["ratio"], less, more)
+
+
+def models(report: Report) -> Table:
+    """One row per checkpoint."""
+    rows = [
+        (
+            units.stage_title(model["role"], model["stage"]),
+            model["title"],
+            units.metric(model["metric"]),
+            units.count(model["params"]),
+            units.count(model["macs"]),
+            bits(model["bits"]),
+            units.NONE if model["epochs"] is None else model["epochs"],
+            units.seconds(model["seconds"]),
+        )
+        for model in report["models"]
+    ]
+    return table(f"model|architecture|{metric_name(report)} >|params >|MACs >|bits (weights/activations)|epochs >|time >", rows)
+
+
+def bits(pairs: list[dict[str, Any]]) -> str:
+    """``8/8`` for weights and activations; several pairs where layers differ."""
+    return ", ".join(f"{pair['weight']}/{pair['activation']}" for pair in pairs) or units.NONE
+
+
+def engines(report: Report) -> Table:
+    """One row per cell of the deploy matrix."""
+    rows = []
+    for engine in report["engines"]:
+        latency = engine["latency_ms"] or {}
+        spread = [units.number(latency.get(key)) for key in ("p50", "p90", "p99", "mean")]
+        rows.append(
+            (
+                engine["group"],
+                units.role(engine["role"]),
+                engine["precision"],
+                status(engine),
+                units.metric(engine["metric"]),
+                *spread,
+                units.number(engine["first_ms"]),
+                units.number(engine["peak_memory_mib"]),
+                units.size(engine["size_bytes"]),
+            )
+        )
+    times = "p50 ms >|p90 ms >|p99 ms >|mean ms >|first ms >"
+    return table(f"backend|model|precision|status|{metric_name(report)} >|{times}|memory MiB >|size >", rows)
+
+
+def status(engine: dict[str, Any]) -> str:
+    """``measured``, or what became of it instead; a measurement that may not be used is ``invalid``."""
+    return "invalid" if engine["valid"] is False else str(engine["status"])
+
+
+def notes(report: Report) -> list[str]:
+    """Why engines are not measured, and what was noticed while others were."""
+    found = [f"{engine['title']} {engine['status']}: {engine['reason']}" for engine in report["engines"] if engine["reason"]]
+    found += [f"{engine['title']}: {warning}" for engine in report["engines"] for warning in engine["warnings"]]
+    return [units.plain(note) for note in found]
+
+
+def comparisons(report: Report) -> Table:
+    """One row per engine that was measured interleaved with another."""
+    rows = [
+        (
+            report["engines"][ratio["engine"]]["title"],
+            report["engines"][ratio["reference"]]["title"].partition(": ")[2],
+            units.ratio(ratio["speedup"]),
+            units.interval(ratio["interval"]),
+            ratio["verdict"] if comparison["valid"] is not False else f"{ratio['verdict']} (invalid)",
+            units.interval((comparison["noise_floor"] or {}).get("interval")),
+            comparison["rounds"],
+        )
+        for comparison in report["comparisons"]
+        for ratio in comparison["ratios"]
+    ]
+    return table("engine|against|speed-up >|95 % interval >|verdict|noise floor >|rounds >", rows)
+
+
+def budget(report: Report) -> Table:
+    """Each limit of the budget, and what was measured."""
+    checks = (report["budget"] or {}).get("checks", [])
+    words = {
+        "latency_ms": ("latency, p50", units.ms),
+        "size_mib": ("engine size", lambda value: units.size(round(value * 2**20))),
+        "memory_mib": ("peak memory", units.mib),
+        "accuracy_drop": ("accuracy lost", lambda value: f"{value:.2f} points".replace("-", "−")),
+    }
+    rows = []
+    for check in checks:
+        name, text = words.get(check["limit"], (check["limit"], units.number))
+        index = check.get("cell")
+        engine = report["engines"][index]["title"] if isinstance(index, int) and index < len(report["engines"]) else units.NONE
+        rows.append((name, text(check["allowed"]), text(check["measured"]), "met" if check["ok"] else "missed", engine))
+    return table("limit|allowed >|measured >|result|engine", rows)
+
+
+def budget_line(report: Report) -> str | None:
+    """The budget in one line; None where the recipe has none."""
+    found = report["budget"]
+    if found is None:
+        return None
+    if not found.get("checks"):
+        return "budget: not met, because no engine of the student was measured"
+    missed = sum(not check["ok"] for check in found["checks"])
+    return "budget: met" if not missed else f"budget: missed, {missed} of {len(found['checks'])} limits"
+
+
+def training(report: Report) -> Table:
+    """The last epoch of every training."""
+    rows = []
+    for stage in report["training"]:
+        last = stage["epochs"][-1]
+        terms = ", ".join(f"{name} {units.number(value)}" for name, value in (last.get("terms") or {}).items())
+        value = last.get("val")
+        shown = units.metric({"name": stage["metric"], "value": value}) if value is not None else units.NONE
+        rows.append((stage["title"], len(stage["epochs"]), shown, terms))
+    return table("training|epochs >|validation, last epoch >|terms, last epoch", rows)
+
+
+def layers(report: Report) -> Table:
+    """One row per layer of the finished student."""
+    rows = [
+        (
+            row["path"],
+            row.get("kind", ""),
+            row.get("channels_before", ""),
+            row.get("channels", ""),
+            units.count(row.get("params")),
+            units.percent(row.get("sparsity")),
+            row.get("weight_bits", units.NONE),
+            row.get("activation_bits", units.NONE),
+        )
+        for row in report["layers"]
+    ]
+    return table("layer|kind|channels before >|channels >|params >|zero weights >|weight bits >|activation bits >", rows)
+
+
+def layers_line(report: Report) -> str:
+    """The layers of the finished student in one sentence."""
+    rows = report["layers"]
+    before, after = sum(row["channels_before"] for row in rows), sum(row["channels"] for row in rows)
+    weights = sorted({row.get("weight_bits", 32) for row in rows})
+    text = f"{len(rows)} layers, {after} output channels"
+    text += f" of {before} before pruning" if after != before else ""
+    text += f"; weights of {' and '.join(map(str, weights))} bits."
+    if weights[0] < 8:
+        text += " Weights below 8 bits are stored in fewer bits; no engine here computes faster with them."
+    return text
+
+
+def skipped(report: Report) -> Table:
+    """What is missing and why."""
+    return table("what|status|why", [(row["what"], row["status"], row["why"]) for row in report["skipped"]])
+
+
+def state_line(report: Report) -> str | None:
+    """What became of the run; None where it finished."""
+    state = report["state"]
+    where = f" at {state['doing']}" if state["doing"] else ""
+    if state["status"] == "failed":
+        return units.plain(f"This run failed{where}: {state['reason'] or 'no reason was recorded'}")
+    if state["status"] == "unfinished":
+        return units.plain(f"This run is not finished: it was interrupted, or is still running{where}")
+    return None
+
+
+def parity(report: Report) -> Table:
+    """One row per ONNX file and output: how far onnxruntime is from torch, and what was allowed."""
+    rows = [
+        (
+            units.role(entry["role"]),
+            entry["encoding"] or units.NONE,
+            output.get("output", ""),
+            output.get("images", units.NONE),
+            _small_percent(output.get("max_error")),
+            _small_percent(entry["allowed"].get("max_error")),
+            f"{output['cosine']:.6f}" if "cosine" in output else units.NONE,
+            units.percent(output.get("changed")),
+            units.percent(entry["allowed"].get("max_changed")),
+        )
+        for entry in report["parity"]
+        for output in entry["outputs"]
+    ]
+    columns = "model|encoding|output|images >|max error >|allowed >|cosine >|decisions changed >|allowed >"
+    return table(columns, rows)
+
+
+def _small_percent(value: float | None) -> str:
+    return units.NONE if value is None else f"{units.number(100 * value, 2)} %"
