@@ -59,19 +59,43 @@ def check_processes(config: ComputeConfig, command: str) -> None:
 
 
 def make_fabric(config: ComputeConfig) -> Fabric:
-    """The Fabric of this run, launched (under torchrun: with its process group)."""
+    """The Fabric of this run, launched (under torchrun: with its process group).
+
+    Raises:
+        RecipeError: This machine lacks what the recipe asks for.
+    """
     import torch
     from lightning_fabric import Fabric
 
+    nodes = max(1, world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))))
+    per_node = max(1, config.devices // nodes)
+    accelerator = _accelerator(config, torch.cuda.device_count(), per_node)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    nodes = max(1, world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))))
     fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=max(1, config.devices // nodes),
+        accelerator=accelerator,
+        devices=per_node,
         num_nodes=nodes,
         strategy="ddp" if config.strategy == "auto" and config.devices > 1 else config.strategy,
         precision=config.precision,
     )
     fabric.launch()
     return fabric
+
+
+def _accelerator(config: ComputeConfig, gpus: int, per_node: int) -> Literal["cpu", "cuda"]:
+    """What ``auto`` means here, with the checks that Fabric would leave to a foreign error or to a silent replacement."""
+    accelerator: Literal["cpu", "cuda"] = (
+        "cuda" if config.accelerator == "cuda" or (config.accelerator == "auto" and gpus) else "cpu"
+    )
+    if accelerator == "cuda" and gpus < per_node:
+        raise RecipeError(
+            f"compute.accelerator {config.accelerator} with {per_node} device(s) on this machine needs as many CUDA GPUs; "
+            f"torch finds {gpus}",
+            hint="set compute.accelerator to cpu, or lower compute.devices",
+        )
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise RecipeError(
+            "compute.precision 16-mixed needs a CUDA GPU; this run is on the CPU", hint="use bf16-mixed, or 32-true, on a CPU"
+        )
+    return accelerator
