@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,22 +12,25 @@ CANDIDATES = 80
 
 
 class Observer:
-    """Keeps an even sample of the values that it is shown, and their largest magnitude."""
+    """Keeps an even random sample of the values that it is shown, and their largest magnitude."""
 
     def __init__(self) -> None:
         self.largest = 0.0
+        """Not finite as soon as one value is not."""
         self._parts: list[Tensor] = []
+        self._share = 1.0
+        self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, values: Tensor) -> None:
         """Look at one tensor."""
-        flat = values.detach().float().reshape(-1)
-        self.largest = max(self.largest, float(flat.abs().amax()))
-        stride = max(1, flat.numel() // (SAMPLES // 8))
-        # an odd stride visits all channels and positions in turn, whatever power of two their number is
-        self._parts.append(flat[:: stride | 1].clone())
-        if len(self._parts) > 8:
-            kept = torch.cat(self._parts)
-            self._parts = [kept[:: max(1, kept.numel() // (SAMPLES // 2)) | 1]]
+        flat = values.detach().float().reshape(-1).cpu()
+        self.largest = float(torch.maximum(torch.tensor(self.largest), flat.abs().amax()))  # keeps a NaN, as Python's max does not
+        count = min(SAMPLES, math.ceil(flat.numel() * self._share))
+        self._share = min(self._share, count / flat.numel())
+        self._parts.append(flat[torch.randint(0, flat.numel(), (count,), generator=self._generator)])
+        while sum(len(part) for part in self._parts) > SAMPLES:
+            self._share /= 2
+            self._parts = [part[: (len(part) + 1) // 2] for part in self._parts]  # in random order: any half is a sample
 
     @property
     def samples(self) -> Tensor:

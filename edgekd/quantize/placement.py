@@ -105,6 +105,7 @@ class Placement:
         self._parent: dict[fx.Node, fx.Node] = {}
         self._additions: set[fx.Node] = set()
         self._sources: set[fx.Node] = set()
+        self._results: set[fx.Node] = set()  # of integer convolutions and additions
         for node in self.nodes:
             self._look(node)
         self._drop_outputs()
@@ -158,12 +159,12 @@ class Placement:
         if node in self._integer:
             self._want(node.all_input_nodes[0])
             if isinstance(self.modules[str(node.target)], nn.Conv2d):
-                self._sources.add(self.end(node))
+                self._produce(node)
         elif self.adds(node) and any(self._behind_convolution(part) for part in node.all_input_nodes):
             self._additions.add(node)
             for part in node.all_input_nodes:
                 self._want(part)
-            self._sources.add(self.end(node))
+            self._produce(node)
 
     def end(self, node: fx.Node) -> fx.Node:
         """The last node of what is fused into a convolution or an addition: its batch norm and its ReLU.
@@ -190,7 +191,11 @@ class Placement:
             node = node.all_input_nodes[0]
         if self.concatenates(node):
             return any(self._behind_convolution(part) for part in node.all_input_nodes)
-        return node in self._sources or node in self._additions
+        return node in self._results
+
+    def _produce(self, node: fx.Node) -> None:
+        self._results.add(self.end(node))
+        self._sources.add(self.end(node))
 
     def _want(self, node: fx.Node) -> None:
         """Have a value quantized where it is made."""
