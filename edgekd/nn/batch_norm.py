@@ -26,7 +26,7 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
         return
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+            if isinstance(child, _BatchNorm) and not isinstance(child, CpuSyncBatchNorm):
                 setattr(parent, name, _shared(child))
 
 
@@ -37,13 +37,13 @@ def _shared(norm: _BatchNorm) -> CpuSyncBatchNorm:
     return new.train(norm.training)
 
 
-class CpuSyncBatchNorm(nn.SyncBatchNorm):
+class CpuSyncBatchNorm(_BatchNorm):
     """Batch norm over all processes, whose batches must be equally large (the loop's are)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] to [B, C, ...]."""
         if not self.training or not torch.distributed.is_initialized():
-            return super().forward(input)  # which only asks for a GPU where there is something to exchange
+            return super().forward(input)
         axes, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
         values = input.float()  # statistics in 16 bits would be worth little
         # Two exchanges, because the mean of squares minus the squared mean cancels where the mean is large.
@@ -55,6 +55,9 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of axes will do."""
 
     def _track(self, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:

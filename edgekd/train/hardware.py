@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import sys
@@ -80,7 +81,17 @@ def make_fabric(config: ComputeConfig) -> Fabric:
         precision=config.precision,
     )
     fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    import torch.distributed
+
+    # Fabric does this for GPUs only; gloo's threads, still running when the interpreter goes, abort the process now and then.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _accelerator(config: ComputeConfig, gpus: int, per_node: int) -> Literal["cpu", "cuda"]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import resume_program
 import torch
 import toy
 from torch import nn
@@ -20,7 +21,7 @@ from edgekd.train.loop import STATE, epoch_seed, evaluate, train
 from edgekd.train.optim import TrainConfig
 from edgekd.train.step import TaskOnly, train_step
 
-PROGRAM = Path(__file__).with_name("resume_program.py")
+PROGRAM = Path(resume_program.__file__)
 
 
 class Stopped(Exception):  # noqa: N818  it is no error
@@ -60,21 +61,16 @@ def interrupted(work, training, **given):
 
 def test_a_new_process_goes_on_with_the_same_bits(tmp_path):
     """Processes that stop after epoch 1, within epoch 2, after epoch 2, and one that finishes, against one that never stops."""
-
-    def process(folder, stop):
-        done = subprocess.run([sys.executable, PROGRAM, tmp_path / folder, stop], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-    process("whole", "end")
     for stop in ("epoch:1", "step:6", "epoch:2", "end"):
-        process("parts", stop)
-    wholes = sorted((tmp_path / "whole").glob("*.pt"))
-    assert len(wholes) == 7
-    for whole in wholes:
-        expected = torch.load(whole, weights_only=True)
-        actual = torch.load(tmp_path / "parts" / whole.name, weights_only=True)
-        assert toy.same_state(actual, expected), whole.stem
-        assert not any(value.isnan().any() for value in expected.values()), whole.stem
+        command = [sys.executable, PROGRAM, tmp_path / "parts", stop]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for case in resume_program.CASES:
+        resume_program.run(case, tmp_path / "whole", "end")
+        expected = torch.load(tmp_path / "whole" / f"{case}.pt", weights_only=True)
+        actual = torch.load(tmp_path / "parts" / f"{case}.pt", weights_only=True)
+        assert toy.same_state(actual, expected), case
+        assert all(value.isfinite().all() for value in expected.values()), case
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path):
