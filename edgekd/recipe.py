@@ -1,27 +1,38 @@
 """The recipe: every section, and every check that can be made before any work is done.
 
-Options live beside what they configure (train/optim.py, distill/, prune/stage.py, quantize/, engines/ ...); this is the one file that
-knows all sections and how they depend on each other.
+Options live beside what they configure (train/optim.py, distill/, prune/stage.py, quantize/, engines/ ...); this is the one file
+that knows all sections and how they depend on each other.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, ValidationError
+from torch import nn
 
+from edgekd import data as data_kinds
+from edgekd import models
 from edgekd._config import Config
+from edgekd._explain import Problem, explain, recipe_error
 from edgekd._yaml import Document, Path_, load
-from edgekd.data import DataConfig
+from edgekd.data import DataConfig, ImageFolderConfig
+from edgekd.data.paths import find
+from edgekd.distill import MethodConfig
 from edgekd.distill.stage import DistillConfig
-from edgekd.engines import BackendOptions
-from edgekd.errors import EdgekdError, RecipeError, nearest
+from edgekd.engines import BackendOptions, backend
+from edgekd.errors import EdgekdError
 from edgekd.export.stage import ExportConfig
 from edgekd.models.config import ModelConfig
+from edgekd.nn.taps import resolve
 from edgekd.prune.stage import PruneConfig
 from edgekd.quantize.stage import QuantizeConfig
 from edgekd.tasks import TaskConfig
@@ -32,6 +43,8 @@ from edgekd.train.stage import FinetuneConfig
 StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig, Field(discriminator="kind")]
 Role = Literal["teacher", "student_alone", "student"]
 Precision = Literal["float32", "float16", "int8"]
+Built = tuple[nn.Module, dict[str, str]]
+"""A model and its taps."""
 
 
 class TeacherConfig(Config):
@@ -100,23 +113,14 @@ class Recipe(Config):
     student: StudentConfig
     stages: list[StageConfig] = Field(min_length=1, max_length=20)
     """What is done to the student, in this order."""
-    compare: list[Literal["student_alone"]] = []
+    compare: list[Literal["student_alone"]] = Field(default=[])
     """student_alone also trains the student without a teacher: same weights to begin with, same budget as the distill stage."""
-    compute: ComputeConfig = Field(default_factory=ComputeConfig)
-    export: ExportConfig = Field(default_factory=ExportConfig)
-    deploy: list[DeployConfig] = []
+    compute: ComputeConfig = ComputeConfig()
+    export: ExportConfig = ExportConfig()
+    deploy: list[DeployConfig] = Field(default=[])
     """Engines to build and measure."""
-    measure: MeasureConfig = Field(default_factory=MeasureConfig)
+    measure: MeasureConfig = MeasureConfig()
     budget: BudgetConfig | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with a recipe."""
-
-    path: Path_
-    message: str
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def load_recipe(file: Path) -> Loaded:
     recipe = parse(document)
     problems = check(recipe)
     if problems:
-        raise _error(document, problems)
+        raise recipe_error(document, problems)
     return Loaded(recipe, document, search_folders(file))
 
 
@@ -159,91 +163,8 @@ def parse(document: Document) -> Recipe:
         return Recipe.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
         schema = Recipe.model_json_schema()
-        problems = [_problem(found, document.data, schema) for found in error.errors(include_url=False)]
-        raise _error(document, problems) from error
-
-
-def _error(document: Document, problems: list[Problem]) -> RecipeError:
-    unique = {(problem.path, problem.message): problem for problem in problems}
-    ordered = sorted(
-        unique.values(), key=lambda problem: (document.place(problem.path).line, document.place(problem.path).column)
-    )
-    lines = [document.located(problem.path, problem.message) for problem in ordered]
-    hints = list(dict.fromkeys(problem.hint for problem in ordered if problem.hint))
-    return RecipeError("\n".join(lines), hint="; ".join(hints) or "edgekd schema prints all keys and their types")
-
-
-def _problem(found: Any, data: Any, schema: dict[str, Any]) -> Problem:
-    """Pydantic's error in a reader's words."""
-    path, allowed = _resolve(found["loc"], data, schema)
-    kind, context, given = found["type"], found.get("ctx", {}), found.get("input")
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        name = str(path[-1])
-        return Problem(path, f"unknown key{nearest(name, allowed)}; allowed: {', '.join(allowed)}")
-    if kind in ("missing", "missing_argument"):
-        return Problem(path, f"required key is missing{nearest(str(path[-1]), list(_at(data, path[:-1])))}")
-    if kind == "union_tag_invalid":
-        key = str(context["discriminator"]).strip("'")
-        choices = [choice.strip(" '") for choice in str(context["expected_tags"]).split(",")]
-        return Problem(
-            (*path, key),
-            f"unknown value {context['tag']!r}{nearest(str(context['tag']), choices)}; allowed: {', '.join(choices)}",
-        )
-    if kind == "union_tag_not_found":
-        return Problem(path, f"required key {context['discriminator']} is missing")
-    if kind == "literal_error":
-        choices = [choice.strip(" '") for choice in str(context["expected"]).replace(" or ", ", ").split(",")]
-        return Problem(path, f"unknown value {given!r}{nearest(str(given), choices)}; allowed: {', '.join(choices)}")
-    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message.replace("Input should be", "must be").replace("valid dictionary", "mapping").replace("valid list", "list")
-    shown = "" if isinstance(given, dict | list) else f"; given: {json.dumps(given, default=str)}"
-    return Problem(path, message + ("" if kind == "value_error" else shown))
-
-
-def _at(data: Any, path: Path_) -> Any:
-    for part in path:
-        data = data[part] if isinstance(data, list | dict) else {}
-    return data if isinstance(data, dict) else {}
-
-
-def _resolve(loc: tuple[Any, ...], data: Any, schema: dict[str, Any]) -> tuple[Path_, list[str]]:
-    """The path in the recipe that pydantic's location means (it also names union members), and the keys that are allowed beside it."""
-    path: list[str | int] = []
-    node, allowed = schema, list(schema.get("properties", {}))
-    for number, part in enumerate(loc):
-        node = _follow(node, schema, data)
-        last = number == len(loc) - 1
-        inside = (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        )
-        properties = node.get("properties", {})
-        if inside or (last and (part in properties or isinstance(data, dict))):
-            allowed = list(properties)
-            path.append(part)
-            data = data[part] if inside else None
-            node = properties.get(part, {}) if isinstance(part, str) else node.get("items", {})
-    return tuple(path), allowed
-
-
-def _follow(node: dict[str, Any], schema: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Resolve references, optional values and discriminated unions down to the schema of ``data``."""
-    for _ in range(8):
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-        elif "discriminator" in node:
-            tag = data.get(node["discriminator"]["propertyName"]) if isinstance(data, dict) else None
-            reference = node["discriminator"]["mapping"].get(tag)
-            if reference is None:
-                return node
-            node = {"$ref": reference}
-        elif "anyOf" in node:
-            choices = [choice for choice in node["anyOf"] if choice.get("type") != "null"]
-            node = choices[0] if choices else {}
-        elif len(node.get("allOf", [])) == 1:
-            node = node["allOf"][0]
-        else:
-            return node
-    return node
+        problems = [explain(found, document.data, schema) for found in error.errors(include_url=False)]
+        raise recipe_error(document, problems) from error
 
 
 def check(recipe: Recipe) -> list[Problem]:
@@ -272,7 +193,9 @@ def _check_teacher(recipe: Recipe) -> list[Problem]:
     if teacher is not None and teacher.train is None and teacher.model.weights is None:
         problems.append(
             Problem(
-                ("teacher",), "an untrained teacher: give model.weights or train", "name a weights file, or give teacher.train"
+                ("teacher",),
+                "an untrained teacher teaches nothing: it has neither model.weights nor train",
+                "name a file in teacher.model.weights, or give teacher.train",
             )
         )
     if "student_alone" in recipe.compare and not any(isinstance(stage, DistillConfig) for stage in recipe.stages):
@@ -319,7 +242,7 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
             path: Path_ = ("deploy", number, "precision", index)
             reason = entry.backend.unsupported(precision)
             if reason:
-                problems.append(Problem(path, f"{entry.backend.name} cannot run {precision}: {reason}"))
+                problems.append(Problem(path, reason, "remove it here, or change the backend's options"))
             elif precision == "int8" and not quantized:
                 problems.append(
                     Problem(
@@ -329,9 +252,11 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
                     )
                 )
             if precision in entry.precision[:index]:
-                problems.append(Problem(path, f"{precision} is given twice"))
+                problems.append(Problem(path, f"{precision} is given twice", "remove one of the two"))
         for index, role in enumerate(entry.models):
             path = ("deploy", number, "models", index)
+            if role in entry.models[:index]:
+                problems.append(Problem(path, f"{role} is given twice", "remove one of the two"))
             if role == "teacher" and recipe.teacher is None:
                 problems.append(Problem(path, "the recipe has no teacher", "add a teacher section, or remove it here"))
             if role == "student_alone" and "student_alone" not in recipe.compare:
@@ -360,7 +285,11 @@ def _check_budget(recipe: Recipe) -> list[Problem]:
         )
     if budget.accuracy_drop is not None and recipe.teacher is None:
         problems.append(
-            Problem(("budget", "accuracy_drop"), "accuracy_drop is measured against the teacher, and the recipe has none")
+            Problem(
+                ("budget", "accuracy_drop"),
+                "the drop is measured against the teacher, and the recipe has none",
+                "add a teacher section",
+            )
         )
     return problems
 
@@ -398,70 +327,87 @@ def preflight(loaded: Loaded) -> None:
     Raises:
         RecipeError: With the place in the recipe of everything that is missing.
     """
-    from edgekd import data as data_kinds
-    from edgekd.data.paths import find
-    from edgekd.engines import backend
-
-    recipe, problems = loaded.recipe, []
-
-    def attempt(path: Path_, action: Any) -> None:
-        try:
-            action()
-        except EdgekdError as error:
-            problems.append(Problem(path, error.message, error.hint))
-
-    attempt(("data",), lambda: data_kinds.preflight(recipe.data, search=loaded.search))
-    owners: list[tuple[str, ModelConfig]] = [("student", recipe.student.model)]
-    if recipe.teacher is not None:
-        owners.append(("teacher", recipe.teacher.model))
-    for owner, model in owners:
-        if model.weights is not None:
-            attempt((owner, "model", "weights"), lambda name=model.weights: find(name, loaded.search))
-    problems += _check_models(recipe)
+    recipe = loaded.recipe
+    problems = [*_check_data(loaded), *_check_weights(loaded), *_check_models(recipe)]
     for number, entry in enumerate(recipe.deploy):
         found = backend(entry.backend.name).available()
         if not found.ok:
             problems.append(Problem(("deploy", number, "backend", "name"), found.reason, found.hint))
     if problems:
-        raise _error(loaded.document, problems)
+        raise recipe_error(loaded.document, problems)
+
+
+def _attempt(path: Path_, action: Callable[[], Any]) -> list[Problem]:
+    """Do something; the error that edgekd raises becomes a problem at a place."""
+    try:
+        action()
+    except EdgekdError as error:
+        return [Problem(path, error.message, error.hint)]
+    return []
+
+
+def _check_data(loaded: Loaded) -> list[Problem]:
+    config = loaded.recipe.data
+    path: Path_ = ("data", "root" if isinstance(config, ImageFolderConfig) else "kind")
+    problems = _attempt(path, lambda: data_kinds.preflight(config, search=loaded.search))
+    for index, problem in enumerate(problems):
+        # the message may say itself which key it is about
+        if found := re.match(r"data((?:\.[a-z_]+)+)(?:: | (?=\S))", problem.message):
+            inner = tuple(found[1][1:].split("."))
+            problems[index] = replace(problem, path=("data", *inner), message=problem.message[found.end() :])
+    return problems
+
+
+def _owners(recipe: Recipe) -> dict[str, ModelConfig]:
+    teacher = {} if recipe.teacher is None else {"teacher": recipe.teacher.model}
+    return {**teacher, "student": recipe.student.model}
+
+
+def _check_weights(loaded: Loaded) -> list[Problem]:
+    problems: list[Problem] = []
+    for owner, model in _owners(loaded.recipe).items():
+        if (weights := model.weights) is not None:
+            problems += _attempt((owner, "model", "weights"), lambda name=weights: find(name, loaded.search))  # type: ignore[misc]
+    return problems
 
 
 def _check_models(recipe: Recipe) -> list[Problem]:
     """Build the models without weights: their arguments fit, their taps exist, and methods find the taps that they ask for."""
-    import torch
-
-    from edgekd import models
-    from edgekd.nn.taps import resolve
-
-    built: dict[str, Any] = {}
-    problems = []
-    owners = {"student": recipe.student.model}
-    if recipe.teacher is not None:
-        owners["teacher"] = recipe.teacher.model
-    for owner, config in owners.items():
-        try:
-            with torch.device("meta"):  # shapes only: no memory, no time
-                # The number of classes is the data's, which is not read yet; taps do not depend on it.
-                module = models.build(config, num_classes=10, in_channels=getattr(recipe.data, "channels", 3))
-            built[owner] = (module, models.taps(config, module))
-        except EdgekdError as error:
-            problems.append(Problem((owner, "model"), error.message, error.hint))
-    if "student" not in built:
-        return problems
+    built: dict[str, Built] = {}
+    problems: list[Problem] = []
+    for owner, config in _owners(recipe).items():
+        found = _build(owner, config, getattr(recipe.data, "channels", 3))
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            built[owner] = found
     for number, stage in enumerate(recipe.stages):
         method = getattr(stage, "method", None)
         own = isinstance(stage, QuantizeConfig) and stage.teacher == "float"
-        teacher = built.get("student" if own else "teacher")
-        if method is None or teacher is None:
-            continue
-        with torch.device("meta"):
-            distiller = method.build(built["student"][0], teacher[0])
-        for roles, (_, taps) in ((distiller.student_taps, built["student"]), (distiller.teacher_taps, teacher)):
-            try:
-                resolve(roles, taps)
-            except EdgekdError as error:
-                problems.append(Problem(("stages", number, "method"), error.message, error.hint))
+        student, teacher = built.get("student"), built.get("student" if own else "teacher")
+        if method is not None and student is not None and teacher is not None:
+            problems += _attempt(("stages", number, "method"), partial(_check_method, method, student, teacher))
     return problems
+
+
+def _build(owner: str, config: ModelConfig, channels: int) -> Built | Problem:
+    """The model on no device: shapes only, so neither memory nor time."""
+    where = "call" if config.call else "arguments" if config.arguments else "name"
+    try:
+        with torch.device("meta"):
+            # The number of classes is the data's, which is not read yet; taps do not depend on it.
+            module = models.build(config, num_classes=10, in_channels=channels)
+        where = "taps"
+        return module, models.taps(config, module)
+    except EdgekdError as error:
+        return Problem((owner, "model", where), error.message, error.hint)
+
+
+def _check_method(method: MethodConfig, student: Built, teacher: Built) -> None:
+    with torch.device("meta"):
+        distiller = method.build(student[0], teacher[0])
+    resolve(distiller.student_taps, student[1])
+    resolve(distiller.teacher_taps, teacher[1])
 
 
 def json_schema() -> dict[str, Any]:

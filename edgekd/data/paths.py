@@ -19,15 +19,18 @@ def find(path: str | Path, search: Sequence[Path]) -> Path:
     Raises:
         DataError: Nothing is there, or a relative path climbs out of the searched folders with ``..``.
     """
-    wanted = Path(path).expanduser()
+    try:
+        wanted = Path(path).expanduser()
+    except RuntimeError as error:  # ~name, and there is no such user
+        raise DataError(f"{path} does not exist: {error}", hint="correct the path in the recipe") from error
     if wanted.is_absolute():
-        if wanted.exists():
+        if _exists(wanted):
             return wanted.resolve()
         raise DataError(f"{wanted} does not exist", hint="correct the path in the recipe")
     if ".." in wanted.parts:
         raise DataError(f"the relative path '{path}' climbs out of its folder with '..'", hint="give an absolute path")
     for folder in search:
-        if (folder / wanted).exists():
+        if _exists(folder / wanted):
             return (folder / wanted).resolve()
     places = ", ".join(str(folder / wanted) for folder in search) or "nowhere, because no folder to search was given"
     root = os.environ.get("EDGEKD_DATA")
@@ -36,3 +39,10 @@ def find(path: str | Path, search: Sequence[Path]) -> Path:
         f"'{path}' does not exist; looked for: {places}",
         hint=f"set the environment variable EDGEKD_DATA to the folder that holds '{wanted}' ({state}), or give an absolute path",
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name too long, or a folder on the way that may not be searched
+        raise DataError(f"{str(path)[:200]} cannot be read: {error.strerror}", hint="correct the path in the recipe") from error

@@ -40,3 +40,12 @@ def test_climbing_out_is_refused_even_where_it_exists(tmp_path, path):
     with pytest.raises(DataError, match=r"climbs out of its folder with '\.\.'") as caught:
         find(path, [tmp_path / "in"])
     assert caught.value.hint == "give an absolute path"
+
+
+def test_paths_that_the_system_refuses(tmp_path):
+    for path in ("x" * 5000, "/" + "x" * 300):
+        with pytest.raises(DataError, match="cannot be read: File name too long") as caught:
+            find(path, [tmp_path])
+        assert len(caught.value.message) < 300
+    with pytest.raises(DataError, match="Could not determine home directory"):
+        find("~nobody-of-this-name/set", [tmp_path])
