@@ -62,7 +62,7 @@ class TensorRtRtxOptions:
     def unsupported(self, precision: str) -> str | None:
         """Why a graph of this precision cannot be built, or None."""
         if precision != "float16" and precision in self.precisions and "SM75" in self.compute_capabilities:
-            # An int8 graph keeps its head in float32, so it is refused as well (tried with TensorRT-RTX 1.7).
+            # It turns an int8 head's product into a float32 one, so that is refused as well (tried with TensorRT-RTX 1.7).
             return f"tensorrt_rtx has no float32 matrix products on SM75, and a {precision} graph has some; name SM80 or later"
         return precision_refusal("tensorrt_rtx", self.precisions, precision)
 

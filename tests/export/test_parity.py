@@ -1,0 +1,96 @@
+"""The gate between torch and ONNX lets equal models through and stops others, with the numbers."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from edgekd.errors import ParityError
+from edgekd.export import parity
+from edgekd.export.onnx import export, to_float16
+from edgekd.tasks.classification import Classification
+
+TASK = Classification()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(100, 3, 12, 12)  # not a multiple of the batch that parity uses
+
+
+def written(model, path, images):
+    proto = export(model, images[:2], output_names=["logits"], opset=20)
+    onnx.save(proto, path)
+    return proto
+
+
+def test_the_same_model_passes(model, images, tmp_path):
+    written(model, tmp_path / "m.onnx", images)
+    found = parity.measure(model, tmp_path / "m.onnx", images, TASK)
+    result = parity.check(found, max_error=1e-3, max_changed=0.0)
+    (output,) = result["outputs"]
+    assert output["output"] == "logits"
+    assert output["images"] == 100
+    assert output["max_error"] < 1e-5
+    assert output["cosine"] == pytest.approx(1)
+    assert output["changed"] == 0
+
+
+def test_another_model_is_stopped_with_the_numbers(model, images, tmp_path):
+    written(model, tmp_path / "m.onnx", images)
+    other = nn.Sequential(*model[:-1], nn.Linear(8, 10)).eval()
+    found = parity.measure(other, tmp_path / "m.onnx", images, TASK)
+    with pytest.raises(ParityError, match=r"'logits' on 100 images: max error .* % of the decisions changed|allowed") as caught:
+        parity.check(found, max_error=1e-3, max_changed=0.5)
+    assert "1e-03" in str(caught.value)
+
+
+def test_changed_decisions_alone_stop_it():
+    found = [parity.OutputParity("logits", 100, max_error=0.0, cosine=1.0, changed=0.03)]
+    parity.check(found, max_error=0.1, max_changed=0.03)
+    with pytest.raises(ParityError, match=r"3\.00%"):
+        parity.check(found, max_error=0.1, max_changed=0.02)
+
+
+def test_a_value_that_is_not_finite_stops_it():
+    broken = parity._compare("logits", np.ones((2, 3)), np.array([[1.0, np.nan, 1], [1, 1, 1]]), TASK)
+    with pytest.raises(ParityError):
+        parity.check([broken], max_error=1e9, max_changed=1.0)
+
+
+def test_the_numbers_by_hand():
+    expected, received = np.array([[4.0, 0.0], [0.0, 2.0]]), np.array([[4.0, 1.0], [3.0, 2.0]])
+    found = parity._compare("logits", expected, received, TASK)
+    assert found.max_error == pytest.approx(3 / 4)
+    assert found.changed == 0.5
+    assert found.cosine == pytest.approx((16 + 4) / (np.sqrt(20) * np.sqrt(16 + 1 + 9 + 4)))
+
+
+def test_a_damaged_file(model, images, tmp_path):
+    written(model, tmp_path / "m.onnx", images)
+    (tmp_path / "m.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
+    with pytest.raises(ParityError, match="cannot run"):
+        parity.measure(model, tmp_path / "m.onnx", images, TASK)
+
+
+def test_other_outputs(model, images, tmp_path):
+    onnx.save(export(model, images[:2], output_names=["scores"], opset=20), tmp_path / "m.onnx")
+    with pytest.raises(ParityError, match="gives the outputs scores; expected logits"):
+        parity.measure(model, tmp_path / "m.onnx", images, TASK)
+
+
+def test_float16_agrees_more_coarsely(model, images, tmp_path):
+    proto = to_float16(written(model, tmp_path / "m.onnx", images))
+    onnx.save(proto, tmp_path / "half.onnx")
+    kinds = {tensor.data_type for tensor in proto.graph.initializer if tensor.dims}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    (found,) = parity.measure(model, tmp_path / "half.onnx", images, TASK)
+    assert 1e-6 < found.max_error < 1e-2

@@ -1,0 +1,209 @@
+"""One trained quantization, two encodings: equal to the trained model, and run on integers by the engines."""
+
+import collections
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from edgekd.errors import ExportError
+from edgekd.export.onnx import export
+from edgekd.export.qdq import ENCODINGS, EncodedConv2d, EncodedLinear, dequantize, encode
+from edgekd.quantize import qat
+from edgekd.quantize.fake_quant import Quantizer, quantized_weight
+
+MODELS = ["resnet8", "mobilenetv2", "shufflenetv2", "vgg8"]
+
+
+def quantizers(module):
+    return {path: part for path, part in module.named_modules() if isinstance(part, Quantizer)}
+
+
+def inputs_of(module, images):
+    """What each quantizer is given: path -> tensor."""
+    seen = {}
+    hooks = [
+        part.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0]))
+        for path, part in quantizers(module).items()
+    ]
+    with torch.no_grad():
+        module(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_quantizer_is_at_most_one_code_apart_on_real_images(twin, name, encoding):
+    """On equal inputs. s8 is the trained grid itself; u8 has a grid twice as fine where values are not negative."""
+    made = twin(name)
+    encoded = quantizers(encode(made.quantized, encoding))
+    trained = quantizers(made.quantized)
+    shares = []
+    for path, values in inputs_of(made.quantized, made.images).items():
+        with torch.no_grad():
+            step = trained[path].scale()
+            apart = (trained[path](values) - encoded[path](values)).abs() / step
+        assert float(apart.max()) <= 0.5 + 1e-3, path
+        shares.append(float((apart > 1e-3).float().mean()))
+        if encoding == "s8" or trained[path].signed:
+            assert shares[-1] == 0, path
+    assert (max(shares) > 0) == (encoding == "u8")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_trained_encoding_gives_the_trained_outputs(twin, name):
+    """Folding a batch norm changes the order of float operations, and so, rarely, a code."""
+    made = twin(name)
+    with torch.no_grad():
+        expected, received = made.quantized(made.images), encode(made.quantized, "s8")(made.images)
+    assert float((expected - received).norm() / expected.norm()) < 0.02
+    assert (expected.argmax(1) == received.argmax(1)).float().mean() > 0.95
+
+
+def convolution_with_norm(gain):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=True), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor(gain))
+        model[1].bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
+        model[1].running_mean.copy_(torch.tensor([0.5, -1.0, 0.2]))
+        model[1].running_var.copy_(torch.tensor([0.7, 2.0, 1.3]))
+    return model.eval()
+
+
+@pytest.mark.parametrize("gain", [[1.0, 0.5, 2.0], [-1.0, 0.5, -2.0], [0.0, 1.0, -0.0]])
+def test_a_batch_norm_is_folded_whatever_its_sign(gain):
+    torch.manual_seed(0)
+    images = torch.randn(4, 2, 8, 8)
+    quantized = qat.prepare(convolution_with_norm(gain), {}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    encoded = encode(quantized, "s8")
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in encoded.modules())
+    values = quantized.quantizers["input_1"](images)
+    with torch.no_grad():
+        layer, norm = quantized.get_submodule("0"), quantized.get_submodule("1")
+        expected = norm(nn.functional.conv2d(values, quantized_weight(layer.weight), layer.bias, padding=1))
+        torch.testing.assert_close(encoded.get_submodule("0")(values), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_itself_is_left_alone(twin):
+    made = twin("resnet8")
+    before = {name: value.clone() for name, value in made.quantized.state_dict().items()}
+    encode(made.quantized, "u8")
+    after = made.quantized.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(part.high == 127 for part in quantizers(made.quantized).values())
+
+
+def test_weights_are_codes(twin):
+    encoded = encode(twin("resnet8").quantized, "u8")
+    layers = [part for part in encoded.modules() if isinstance(part, EncodedConv2d | EncodedLinear)]
+    assert len(layers) == 10
+    for layer in layers:
+        assert layer.codes.dtype == torch.int8
+        assert -127 <= int(layer.codes.min()) <= int(layer.codes.max()) <= 127
+        assert (layer.scale > 0).all()
+
+
+def test_dequantize_along_each_axis():
+    codes = torch.randint(-127, 128, (3, 4), dtype=torch.int8)
+    rows, columns = torch.rand(3), torch.rand(4)
+    torch.testing.assert_close(dequantize(codes, rows, 0), codes.float() * rows[:, None])
+    torch.testing.assert_close(dequantize(codes, columns, 1), codes.float() * columns)
+
+
+def test_a_padding_mode_survives():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    quantized = qat.prepare(model, {}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    with torch.no_grad():
+        torch.testing.assert_close(encode(quantized, "s8")(images), quantized.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_float_model_is_refused():
+    with pytest.raises(ExportError, match="is not quantized"):
+        encode(nn.Linear(2, 2), "u8")
+
+
+def exported(twin, name, encoding, folder):
+    """The file, written."""
+    made = twin(name)
+    model = export(encode(made.quantized, encoding), made.images[:2], output_names=["logits"], opset=20)
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return model, path
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_file_holds_int8_and_float_biases(twin, encoding, tmp_path):
+    model, path = exported(twin, "resnet8", encoding, tmp_path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    layers = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
+    makers = {name: node for node in model.graph.node for name in node.output}
+    assert len(layers) == 10
+    for node in layers:
+        weight = makers[node.input[1]]
+        assert weight.op_type == "DequantizeLinear"
+        assert kinds[weight.input[0]] == onnx.TensorProto.INT8
+        assert makers[node.input[0]].op_type == "DequantizeLinear"
+    assert not any(kind == onnx.TensorProto.INT32 for kind in kinds.values())  # TensorRT refuses int32 biases
+    zeros = {
+        int(onnx.numpy_helper.to_array(tensor))
+        for tensor in model.graph.initializer
+        if tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not tensor.dims
+    }
+    assert zeros == ({0} if encoding == "s8" else {0, 128})
+    parameters = sum(part.numel() for part in twin("resnet8").module.parameters())
+    assert path.stat().st_size < 2 * parameters  # about a byte per weight, and the graph
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnxruntime_runs_every_convolution_on_integers(twin, name, tmp_path):
+    """Read in the graph that it saves after its own rewriting: a float Conv would be the whole point missed."""
+    import onnxruntime
+
+    _, path = exported(twin, name, "u8", tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that the saved file is for this kind of machine
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = collections.Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in twin(name).module.modules())
+    assert kinds["QLinearConv"] == convolutions
+    assert not kinds["Conv"]
+    assert not kinds["FusedConv"]
+    assert not kinds["Add"]  # every residual addition is QLinearAdd
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2"])
+def test_openvino_runs_every_convolution_on_integers(twin, name, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    _, path = exported(twin, name, "u8", tmp_path)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    precisions = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
+        if facts["layerType"] == "Convolution":
+            precisions.append(facts["runtimePrecision"])
+    assert len(precisions) == sum(isinstance(part, nn.Conv2d) for part in twin(name).module.modules())
+    assert set(precisions) <= {"u8", "i8"}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_onnxruntime_gives_what_torch_gives(twin, encoding, tmp_path):
+    import onnxruntime
+
+    made = twin("resnet8")
+    _, path = exported(twin, "resnet8", encoding, tmp_path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    received = session.run(None, {"images": made.images.numpy()})[0]
+    with torch.no_grad():
+        expected = encode(made.quantized, encoding)(made.images).numpy()
+    assert np.abs(received - expected).max() / np.abs(expected).max() < 0.06
+    assert (received.argmax(1) == expected.argmax(1)).mean() > 0.95
