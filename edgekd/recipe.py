@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
@@ -32,6 +31,7 @@ from edgekd.engines import BackendOptions, backend
 from edgekd.errors import EdgekdError
 from edgekd.export.stage import ExportConfig
 from edgekd.models.config import ModelConfig
+from edgekd.nn.shapes import shapes_only
 from edgekd.nn.taps import resolve
 from edgekd.prune.stage import PruneConfig
 from edgekd.quantize.stage import QuantizeConfig
@@ -314,7 +314,7 @@ def smoke(recipe: Recipe) -> Recipe:
     if "limit_per_class" in type(data).model_fields:
         data = data.model_copy(update={"limit_per_class": SMOKE_BATCH})
     measure = MeasureConfig(warmup_s=0.02, duration_s=0.1, compare_s=0.2)
-    update = {"data": data, "teacher": teacher, "stages": stages, "measure": measure, "budget": None}
+    update = {"data": data, "teacher": teacher, "stages": stages, "measure": measure, "budget": None, "export": recipe.export.model_copy(update={"max_changed": 1.0})}
     return recipe.model_copy(update=update)
 
 
@@ -394,7 +394,7 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Built | Problem:
     """The model on no device: shapes only, so neither memory nor time."""
     where = "call" if config.call else "arguments" if config.arguments else "name"
     try:
-        with torch.device("meta"):
+        with shapes_only():
             # The number of classes is the data's, which is not read yet; taps do not depend on it.
             module = models.build(config, num_classes=10, in_channels=channels)
         where = "taps"
@@ -404,7 +404,7 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Built | Problem:
 
 
 def _check_method(method: MethodConfig, student: Built, teacher: Built) -> None:
-    with torch.device("meta"):
+    with shapes_only():
         distiller = method.build(student[0], teacher[0])
     resolve(distiller.student_taps, student[1])
     resolve(distiller.teacher_taps, teacher[1])
