@@ -314,7 +314,14 @@ def smoke(recipe: Recipe) -> Recipe:
     if "limit_per_class" in type(data).model_fields:
         data = data.model_copy(update={"limit_per_class": SMOKE_BATCH})
     measure = MeasureConfig(warmup_s=0.02, duration_s=0.1, compare_s=0.2)
-    update = {"data": data, "teacher": teacher, "stages": stages, "measure": measure, "budget": None, "export": recipe.export.model_copy(update={"max_changed": 1.0})}
+    update = {
+        "data": data,
+        "teacher": teacher,
+        "stages": stages,
+        "measure": measure,
+        "budget": None,
+        "export": recipe.export.model_copy(update={"max_changed": 1.0}),
+    }
     return recipe.model_copy(update=update)
 
 

@@ -1,0 +1,249 @@
+"""A whole run on real digits: what it leaves, what it reuses, what it computes again, and how it fails."""
+
+import json
+import time
+
+import pytest
+from safetensors.numpy import load_file
+
+from edgekd.artifacts import read_artifact
+from edgekd.errors import ArtifactError, BudgetExceeded, EdgekdError, TrainingError
+from edgekd.pipeline import _locked
+
+
+def names(folder):
+    return [path.name.split("-")[1] for path in sorted(folder.glob("[0-9]*"))]
+
+
+def cells(outcome):
+    return {(engine["backend"], engine["role"], engine["precision"]): engine for engine in outcome.report["engines"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run for the tests that only look."""
+    from conftest import TINY
+    from ruamel.yaml import YAML
+
+    from edgekd import pipeline, recipe
+    from edgekd.display import Display
+
+    folder = tmp_path_factory.mktemp("finished")
+    with (folder / "recipe.yaml").open("w") as stream:
+        YAML().dump(TINY, stream)
+    loaded = recipe.load_recipe(folder / "recipe.yaml")
+    return pipeline.compress(
+        loaded, out=folder / "run", smoke=False, display=Display(quiet=True), command="edgekd compress recipe.yaml"
+    )
+
+
+def test_a_run_leaves_its_artifacts(finished):
+    assert names(finished.folder)[:5] == ["teacher", "student_alone", "distill", "prune", "quantize"]
+    assert names(finished.folder).count("export") == 3
+    assert names(finished.folder).count("engine") == 3
+    assert names(finished.folder).count("compare") == 1
+    assert not list((finished.folder / "work").glob("*/state.pt"))
+    for folder in finished.folder.glob("[0-9]*"):
+        artifact = read_artifact(folder)
+        assert all((folder / name).is_file() for name in artifact.files)
+
+
+def test_every_number_of_an_engine_comes_from_its_record(finished):
+    measured = [engine for engine in finished.report["engines"] if engine["status"] == "measured"]
+    assert len(measured) == 3
+    records = {path.parent.name: json.loads(path.read_text()) for path in finished.folder.glob("*-bench-*/record.json")}
+    for engine in measured:
+        assert any(
+            engine["latency_ms"]["p50"] == record["latency_ms"]["p50"] and engine["metric"]["value"] == record["metric"]["value"]
+            for record in records.values()
+        )
+        assert engine["metric"]["value"] > 0.3  # the engine sees digits, not noise
+        assert len(next(iter(records.values()))["samples_ns"]) >= 50
+
+
+def test_the_student_is_smaller_at_every_step(finished):
+    models = {model["stage"]: model for model in finished.report["models"]}
+    assert models["prune"]["macs"] <= 0.7 * models["distill"]["macs"]
+    assert models["quantize"]["params"] <= models["prune"]["params"] + 20  # and a scale per quantizer
+    sizes = {precision: engine["size_bytes"] for (_, role, precision), engine in cells(finished).items() if role == "student"}
+    assert sizes["int8"] < sizes["float32"]
+
+
+def test_student_alone_starts_from_the_same_weights_and_has_the_same_budget(finished):
+    folders = {
+        model["stage"]: finished.folder / model["folder"]
+        for model in json.loads((finished.folder / "run.json").read_text())["models"]
+    }
+    alone, distilled = (read_artifact(folders[name]) for name in ("student_alone", "distill"))
+    assert alone.config["train"] == distilled.config["train"]
+    assert alone.metrics["epochs"] == distilled.metrics["epochs"] == 2
+
+
+def test_a_second_run_computes_nothing(tiny, run):
+    first, _ = run(tiny)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.glob("[0-9]*/*")}
+    start = time.monotonic()
+    second, recorder = run(tiny)
+    assert time.monotonic() - start < 10
+    assert recorder.stages == []
+    assert {path: path.stat().st_mtime_ns for path in second.folder.glob("[0-9]*/*")} == before
+    assert all(step["status"] == "reused" for step in json.loads((second.folder / "run.json").read_text())["steps"])
+    assert second.report["engines"] == first.report["engines"]
+
+
+def test_a_changed_later_stage_recomputes_from_there(tiny, run):
+    tiny["deploy"] = []
+    run(tiny)
+    tiny["stages"][1]["train"]["lr"] = 0.03
+    _, recorder = run(tiny)
+    assert recorder.stages == ["prune", "quantize"]
+    tiny["seed"] = 1
+    _, recorder = run(tiny)
+    assert recorder.stages == ["teacher", "student_alone", "distill", "prune", "quantize"]
+
+
+def test_a_change_that_training_does_not_see_trains_nothing(tiny, run):
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32"]}]
+    run(tiny)
+    tiny["deploy"][0]["batch"] = 4
+    tiny["measure"]["duration_s"] = 0.06
+    outcome, recorder = run(tiny)
+    assert recorder.stages == []
+    assert outcome.report["engines"][0]["batch"] == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "manifest"])
+def test_a_damaged_artifact_is_named_and_computed_again(tiny, run, damage):
+    tiny["stages"], tiny["deploy"] = tiny["stages"][:1], []
+    outcome, _ = run(tiny)
+    (folder,) = outcome.folder.glob("*-distill-*")
+    weights = folder / "model.safetensors"
+    expected = load_file(weights)
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "changed":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (folder / "artifact.json").write_text('{"schema": 1')
+    _, recorder = run(tiny)
+    assert recorder.stages == ["distill"]
+    assert any("distill" in line and "damaged" in line for line in recorder.warnings)
+    again = load_file(weights)
+    assert all((expected[name] == again[name]).all() for name in expected)  # the same inputs give the same bits
+
+
+def test_engine_accuracy_is_of_the_whole_test_split(finished, tiny):
+    record = json.loads(next(finished.folder.glob("*-bench-*/record.json")).read_text())
+    assert record["metric"]["images"] == 500
+
+
+def test_what_cannot_run_here_is_built_and_says_why(tiny, run):
+    pytest.importorskip("tensorrt_rtx")
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = [{"backend": {"name": "tensorrt_rtx", "compute_capabilities": ["SM89"]}, "precision": ["float32"]}]
+    outcome, _ = run(tiny)
+    (engine,) = outcome.report["engines"]
+    assert engine["status"] == "built"
+    assert "no NVIDIA GPU" in engine["reason"]
+    assert engine["size_bytes"] > 0
+    assert engine["latency_ms"] is None
+    assert outcome.failures == []
+
+
+def test_one_failing_engine_does_not_cost_the_others(tiny, run, monkeypatch):
+    from edgekd.engines.onnxruntime import OnnxRuntime
+
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = [
+        {"backend": {"name": "onnxruntime"}, "precision": ["float32"]},
+        {"backend": {"name": "null"}, "precision": ["float32"]},
+    ]
+    monkeypatch.setattr(OnnxRuntime, "fingerprint", lambda self, options: (_ for _ in ()).throw(EdgekdError("out of order")))
+    outcome, _ = run(tiny)
+    assert [engine["status"] for engine in outcome.report["engines"]] == ["failed", "measured"]
+    assert "out of order" in outcome.report["engines"][0]["reason"]
+    assert outcome.failures == ["onnxruntime float32: out of order"]
+
+
+def test_parity_that_fails_stops_the_engines_that_need_the_file(tiny, run):
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["export"] = {"max_error": 1e-12}
+    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32"]}]
+    outcome, _ = run(tiny)
+    assert outcome.report["engines"][0]["status"] == "failed"
+    assert "disagrees with torch" in outcome.report["engines"][0]["reason"]
+    assert not list(outcome.folder.glob("*-export-*"))
+
+
+def test_a_missed_budget_leaves_a_report(tiny, run, tmp_path):
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32"]}]
+    tiny["budget"] = {"accuracy_drop": 0.0, "memory_mib": 0.5}
+    with pytest.raises(BudgetExceeded, match="memory_mib"):
+        run(tiny)
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["budget"]["ok"] is False
+    assert (tmp_path / "run" / "report" / "report.html").exists()
+
+
+def test_a_term_that_is_not_finite_stops_the_run_and_keeps_what_is_done(tiny, run, tmp_path):
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["stages"][0]["train"].update(lr=10.0, epochs=30)
+    tiny["stages"][0]["method"]["weight"] = 1000
+    tiny["deploy"] = []
+    with pytest.raises(TrainingError, match=r"term '(task|kd)' is (nan|inf)"):
+        run(tiny)
+    assert names(tmp_path / "run") == ["teacher", "student_alone"] or names(tmp_path / "run") == ["teacher"]
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert "is" in json.dumps(report["skipped"]) or report["warnings"]
+
+
+def test_two_runs_in_one_directory_are_refused(tiny, run, tmp_path):
+    with _locked(tmp_path / "run"), pytest.raises(ArtifactError, match="in use by another run"):
+        run(tiny)
+
+
+def test_smoke_is_quick_and_marks_its_report(tiny, run):
+    outcome, _ = run(tiny, smoke=True)
+    run_record = json.loads((outcome.folder / "run.json").read_text())
+    assert run_record["smoke"] is True
+    assert run_record["data"]["counts"]["train"] <= 32
+    assert any("smoke" in line for line in outcome.report["warnings"])
+
+
+def test_a_users_own_model_and_data(tmp_path, run, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\nfrom torch import nn\n\n"
+        "def data(count):\n"
+        "    rng = np.random.default_rng(0)\n"
+        "    labels = np.arange(count) % 3\n"
+        "    images = (rng.integers(0, 60, (count, 16, 16, 3)) + 60 * labels[:, None, None, None]).astype(np.uint8)\n"
+        "    return {'train': (images, labels), 'test': (images[:30].copy(), labels[:30])}\n\n"
+        "def model(num_classes, in_channels, width=8):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(),"
+        " nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcome, _ = run(
+        {
+            "name": "mine",
+            "task": {"kind": "classification"},
+            "data": {"kind": "callable", "call": "mine:data", "arguments": {"count": 300}},
+            "student": {
+                "model": {"name": "callable", "call": "mine:model", "arguments": {"width": 12}, "taps": {"features": "2"}}
+            },
+            "stages": [
+                {"kind": "finetune", "train": {"epochs": 3, "batch_size": 32, "lr": 0.1}},
+                {"kind": "quantize", "train": {"epochs": 1, "batch_size": 32, "lr": 0.01}, "method": {"name": "logits"}},
+            ],
+            "deploy": [{"backend": {"name": "onnxruntime"}, "precision": ["float32", "int8"]}],
+            "measure": {"warmup_s": 0.01, "duration_s": 0.05, "compare_s": 0.1},
+        }
+    )
+    assert [engine["status"] for engine in outcome.report["engines"]] == ["measured", "measured"]
+    assert min(engine["metric"]["value"] for engine in outcome.report["engines"]) > 0.9
