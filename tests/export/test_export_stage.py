@@ -27,7 +27,14 @@ def stored(tmp_path, twin, digits, *, quantized):
         module = made.quantized
         architecture = architecture.with_plans(quantization=qat.plan(module))
     store = Store(tmp_path / "run")
-    about = {"order": 1, "stage": "quantize" if quantized else "distill", "role": "student", "parents": (), "config": {}, "environment": {}}
+    about = {
+        "order": 1,
+        "stage": "quantize" if quantized else "distill",
+        "role": "student",
+        "parents": (),
+        "config": {},
+        "environment": {},
+    }
     key = ("ab" if quantized else "cd") * 32
     with store.draft(id=key, kind="checkpoint", **about) as draft:
         checkpoints.save(draft.folder, module, architecture, [])

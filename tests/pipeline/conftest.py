@@ -77,6 +77,13 @@ def run(write, tmp_path):
     return run
 
 
-def artifacts(folder, kind=""):
-    """The run's artifact folders, in order."""
-    return sorted(path.name for path in folder.glob("[0-9]*") if kind in path.name)
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One finished run, for the tests that only look."""
+    folder = tmp_path_factory.mktemp("finished")
+    with (folder / "recipe.yaml").open("w") as stream:
+        YAML().dump(TINY, stream)
+    loaded = recipe.load_recipe(folder / "recipe.yaml")
+    return pipeline.compress(
+        loaded, out=folder / "run", smoke=False, display=Display(quiet=True), command="edgekd compress recipe.yaml"
+    )

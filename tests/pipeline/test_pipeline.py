@@ -19,24 +19,6 @@ def cells(outcome):
     return {(engine["backend"], engine["role"], engine["precision"]): engine for engine in outcome.report["engines"]}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One finished run for the tests that only look."""
-    from conftest import TINY
-    from ruamel.yaml import YAML
-
-    from edgekd import pipeline, recipe
-    from edgekd.display import Display
-
-    folder = tmp_path_factory.mktemp("finished")
-    with (folder / "recipe.yaml").open("w") as stream:
-        YAML().dump(TINY, stream)
-    loaded = recipe.load_recipe(folder / "recipe.yaml")
-    return pipeline.compress(
-        loaded, out=folder / "run", smoke=False, display=Display(quiet=True), command="edgekd compress recipe.yaml"
-    )
-
-
 def test_a_run_leaves_its_artifacts(finished):
     assert names(finished.folder)[:5] == ["teacher", "student_alone", "distill", "prune", "quantize"]
     assert names(finished.folder).count("export") == 3

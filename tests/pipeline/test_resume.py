@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then the same command: finished work is reused, and the final weights are those of an undisturbed run."""
+"""kill -9 at any moment, then the same command: finished work is reused, and the weights are those of an undisturbed run."""
 
 import hashlib
 import random

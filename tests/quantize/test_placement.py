@@ -41,7 +41,7 @@ def reads_quantized(quantized, path):
 
 
 def test_a_residual_block():
-    """Convolutions, both inputs of the addition and its result: the one placement with which ONNX Runtime runs all on integers."""
+    """Convolutions, both inputs of the addition and its result: only so does ONNX Runtime run all of it on integers."""
 
     def forward(self, x):
         x = self.relu0(self.bn0(self.stem(x)))
@@ -115,7 +115,9 @@ def test_what_moves_values_shares_their_quantizer(move):
 
 def test_bilinear_upsampling_makes_new_values():
     model = Model(
-        lambda self, x: self.head(nn.functional.interpolate(self.stem(x), scale_factor=2, mode="bilinear")), stem=conv(3), head=conv()
+        lambda self, x: self.head(nn.functional.interpolate(self.stem(x), scale_factor=2, mode="bilinear")),
+        stem=conv(3),
+        head=conv(),
     )
     assert len(named_quantizers(calls(model)[0])) == 3
 

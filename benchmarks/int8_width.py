@@ -1,0 +1,117 @@
+"""How wide must layers be for int8 to pay? ResNet-8 on 32-pixel images at several widths, int8 against float32, interleaved.
+
+Weights are random: they do not change what an engine computes, only what comes out. For each width and backend, both engines are
+built and measured in turns in one process, at one thread and batch 1. Writes results/int8_width.json with every raw sample.
+
+    python benchmarks/int8_width.py [--seconds 6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgekd import __version__, models
+from edgekd.bench.host import describe
+from edgekd.data.batches import normalise
+from edgekd.data.digits import DigitsConfig, load
+from edgekd.export import onnx
+from edgekd.export.qdq import encode
+from edgekd.export.stage import preprocessing
+from edgekd.jobs import BuildJob, CompareJob
+from edgekd.models.config import ModelConfig
+from edgekd.nn.flops import macs, parameters
+from edgekd.quantize import qat
+from edgekd.targets.local import Local
+
+RESULT = Path(__file__).parent / "results" / "int8_width.json"
+WIDTHS = (1, 2, 4, 8)
+BACKENDS = ("onnxruntime", "openvino")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=6.0, help="per pair of engines")
+    seconds = parser.parse_args().seconds
+    digits = load(DigitsConfig(size_px=32, channels=3))
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        images = Path(scratch) / "images.npy"
+        np.save(images, np.array(digits.test.images[:64]))
+        for width in WIDTHS:
+            folder = Path(scratch) / f"width{width}"
+            module = export_both(width, digits, folder)
+            for backend in BACKENDS:
+                record = compare(folder, backend, images, seconds)
+                (ratio,) = record["ratios"]
+                rows.append(
+                    {
+                        "width": width,
+                        "channels": [round(count * width) for count in (16, 16, 32, 64)],
+                        "params": parameters(module),
+                        "macs": macs(module, (3, 32, 32)),
+                        "backend": backend,
+                        "speedup": ratio["speedup"],
+                        "interval": ratio["interval"],
+                        "verdict": ratio["verdict"],
+                        "noise_floor": record["noise_floor"],
+                        "valid": record["valid"],
+                        "warnings": record["warnings"],
+                        "latency_ms": {engine["precision"]: engine["latency_ms"] for engine in record["engines"]},
+                        "samples_ns": {engine["precision"]: engine["samples_ns"] for engine in record["engines"]},
+                    }
+                )
+                low, high = ratio["interval"]
+                print(f"width {width} {backend}: int8 {ratio['speedup']:.2f}x float32 [{low:.2f}, {high:.2f}]", flush=True)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(
+        json.dumps({"schema": 1, "edgekd": __version__, "threads": 1, "batch": 1, "rows": rows, "host": describe()})
+    )
+
+
+def export_both(width: int, digits: Any, folder: Path) -> torch.nn.Module:
+    """The float32 and the int8 file of one model, each in a folder of its own; returns the float model."""
+    torch.manual_seed(0)
+    config = ModelConfig(name="resnet8", arguments={"width": width})
+    module = models.build(config, num_classes=10, in_channels=3)
+    images = normalise(torch.from_numpy(np.array(digits.calib.images)), digits.mean, digits.std).contiguous()
+    with torch.no_grad():
+        module.train()(images)  # batch norms of real images
+    module.eval()
+    quantized = qat.prepare(module, models.taps(config, module), qat.QuantizerConfig(), images[:2])
+    qat.calibrate(quantized, [images])
+    for precision, form in (("float32", module), ("int8", encode(quantized, "u8"))):
+        out = folder / precision
+        out.mkdir(parents=True)
+        model = onnx.export(form, images[:2], output_names=["logits"], opset=20)
+        onnx.save(model, out / "model.onnx")
+        (out / "io.json").write_text(json.dumps(onnx.describe(model, preprocessing(digits), precision)))
+    return module
+
+
+def compare(folder: Path, backend: str, images: Path, seconds: float) -> dict[str, Any]:
+    """Build both engines and measure them interleaved; float32 is the reference."""
+    engines = []
+    for precision in ("float32", "int8"):
+        out = folder / f"{backend}-{precision}"
+        out.mkdir()
+        job = BuildJob(str(folder / precision / "model.onnx"), {"name": backend, "threads": 1}, precision, str(out))
+        answer(Local().run(job, folder))
+        engines.append(str(out))
+    return answer(Local().run(CompareJob(engines, str(images), warmup_s=0.5, duration_s=seconds, max_rounds=1000), folder))
+
+
+def answer(result: Any) -> dict[str, Any]:
+    if result.status != "ok":
+        raise SystemExit(f"{result.error or result.reason}\n{result.log_tail}")
+    return result.payload
+
+
+if __name__ == "__main__":
+    main()
