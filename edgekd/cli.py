@@ -1,6 +1,6 @@
 """The command line. One short function per command; heavy imports stay inside them, so that ``--help`` is quick.
 
-Exit codes: 0 done, 1 the run failed, 2 the recipe or the command is wrong, 3 over budget.
+Exit codes: 0 done, 1 the run failed, 2 the recipe or the command is wrong, 3 over budget, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,9 +40,6 @@ def main() -> None:
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         sys.exit(2 if isinstance(error, RecipeError) else 3 if isinstance(error, BudgetExceeded) else 1)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
-        sys.exit(130)
 
 
 def _version(show: bool) -> None:
@@ -81,13 +78,19 @@ def compress(
     if smoke:
         loaded = recipes.Loaded(recipes.smoke(loaded.recipe), loaded.document, loaded.search)
     from edgekd import pipeline, report
+    from edgekd.artifacts import Store
     from edgekd.display import Display
     from edgekd.train.hardware import rank
 
     display = Display(quiet=quiet or rank() != 0)
     folder = out or Path("runs") / (loaded.recipe.name + ("-smoke" if smoke else ""))
+    Store(folder)  # makes the run directory, or says why it cannot
     try:
         outcome = pipeline.compress(loaded, out=folder, smoke=smoke, display=display, command=pipeline.command_line())
+    except KeyboardInterrupt:
+        display.close()
+        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        raise typer.Exit(130) from None
     finally:
         display.close()
     if rank() != 0:

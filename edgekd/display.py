@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class Display:
@@ -32,23 +32,19 @@ class Display:
 
     def say(self, line: str) -> None:
         """One line about what is being done."""
-        self._close()
-        self.console.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
+        self._print((line, "dim"))
 
     def warn(self, line: str) -> None:
         """One line about something unexpected that does not stop the run."""
-        self._close()
-        self.console.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
+        self._print(("warning:", "yellow"), f" {line}")
 
     def stage(self, name: str, role: str) -> None:
         """A training stage begins."""
-        self._close()
-        self.console.print(f"[bold]{name}[/]" + ("" if name == role else f" ({role})"))
+        self._print((name, "bold"), "" if name == role else f" ({role})")
 
     def reused(self, folder: str) -> None:
         """An artifact was found finished."""
-        self._close()
-        self.console.print(f"[dim]reused {folder}[/]")
+        self._print((f"reused {folder}", "dim"))
 
     def step(self, title: str, done: int, total: int, images: int) -> None:  # noqa: ARG002
         """A training step is done; ``images`` counts those of the present epoch."""
@@ -68,31 +64,34 @@ class Display:
             self._progress.update(self._bar, note=text)
         elif record["epoch"] == epochs or time.monotonic() - self._last > self.EVERY_S:
             self._last = time.monotonic()
-            self.console.print(f"  {title} epoch {record['epoch']}/{epochs} {text}", soft_wrap=True)
+            self._print(f"  {title} epoch {record['epoch']}/{epochs} {text}")
 
     def trained(self, name: str, metric: str, value: float, seconds: float) -> None:
         """A checkpoint is stored."""
-        self._close()
-        self.console.print(f"  {name}: {metric} {value:.4f} on the test split, {seconds:.1f} s")
+        self._print(f"  {name}: {metric} {value:.4f} on the test split, {seconds:.1f} s")
 
     def cell(self, cell: dict[str, Any], root: Path) -> None:
         """An engine is measured, or is not."""
-        self._close()
         what = f"{cell['backend_name']} {cell['precision']} ({cell['role']})"
         if cell["status"] == "measured":
             record = json.loads((root / cell["bench"] / "record.json").read_text())
             metric = record["metric"]
-            self.console.print(
+            self._print(
                 f"  {what}: p50 {record['latency_ms']['p50']:.3f} ms, {metric['name']} {metric['value']:.4f}, "
                 f"{record['size_bytes'] / 1024:.0f} KiB"
             )
         else:
             color = "red" if cell["status"] == "failed" else "yellow"
-            self.console.print(f"  {what}: [{color}]{cell['status']}[/]: {escape(str(cell['reason']))}", soft_wrap=True)
+            self._print(f"  {what}: ", (cell["status"], color), f": {cell['reason']}")
 
     def close(self) -> None:
         """Leave the terminal clean."""
         self._close()
+
+    def _print(self, *parts: str | tuple[str, str]) -> None:
+        """One line of plain and styled parts. No markup: a bracket in a message is a bracket."""
+        self._close()
+        self.console.print(Text.assemble(*parts), soft_wrap=True)
 
     def _open(self, title: str, total: int, done: int) -> None:
         self._close()
@@ -102,7 +101,7 @@ class Display:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
         )

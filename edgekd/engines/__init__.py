@@ -88,7 +88,10 @@ def backend(name: str) -> Backend:
         BuildError: There is none.
     """
     if name not in BACKENDS:
-        raise BuildError(f"unknown backend {name!r}{nearest(name, list(BACKENDS))}; there are {', '.join(BACKENDS)}")
+        raise BuildError(
+            f"unknown backend {name!r}{nearest(name, list(BACKENDS))}; there are {', '.join(BACKENDS)}",
+            hint="edgekd backends lists what is installed here",
+        )
     return BACKENDS[name]
 
 
