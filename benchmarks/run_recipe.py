@@ -1,0 +1,58 @@
+"""Run a shipped recipe in full and keep what its report says, with the raw samples of the interleaved comparisons.
+
+    python benchmarks/run_recipe.py recipes/classification/cifar10.yaml
+
+Finished work in runs/NAME is reused, so an interrupted run goes on. Writes results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    recipe = parser.parse_args().recipe
+    run = ROOT / "runs" / recipe.stem
+    done = subprocess.run([sys.executable, "-m", "edgekd", "compress", str(recipe), "--out", str(run)], check=False)
+    if done.returncode not in (0, 3):  # over budget is a result too
+        raise SystemExit(f"{recipe} failed with exit code {done.returncode}")
+    result = RESULTS / f"{recipe.stem}.json"
+    result.write_text(json.dumps(collect(run)))
+    print(f"wrote {result.relative_to(ROOT)}")
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """report.json, and per comparison what was measured in turns: samples in nanoseconds, round by round."""
+    report = json.loads((run / "report" / "report.json").read_text())
+    comparisons = []
+    for path in sorted(run.glob("*-compare-*/record.json")):
+        record = json.loads(path.read_text())
+        comparisons.append(
+            {
+                "engines": [
+                    {"backend": engine["backend"], "precision": engine["precision"], "samples_ns": engine["samples_ns"]}
+                    for engine in record["engines"]
+                ],
+                "ratios": record["ratios"],
+                "noise_floor": record["noise_floor"],
+                "valid": record["valid"],
+                "warnings": record["warnings"],
+            }
+        )
+    return {"schema": 1, "report": report, "comparisons": comparisons}
+
+
+if __name__ == "__main__":
+    main()
