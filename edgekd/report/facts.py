@@ -8,6 +8,14 @@ from edgekd.report import units, views
 from edgekd.report.views import Report, Table, table
 
 
+def subtitle(report: Report) -> str:
+    """When, where and by what."""
+    state, version = report["state"], report["reproduce"]["edgekd"]
+    cpu = (report["environment"].get("cpu") or {}).get("model")
+    parts = (units.moment(state["finished"] or state["started"]), cpu, version and f"edgekd {version}")
+    return " · ".join(units.plain(part) for part in parts if part)
+
+
 def of_engine(engine: dict[str, Any]) -> Table:
     """Everything that is known of one engine."""
     latency, sensors, energy = engine["latency_ms"] or {}, engine["sensors"] or {}, engine["energy"]

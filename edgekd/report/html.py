@@ -29,7 +29,6 @@ def render(report: dict[str, Any]) -> str:
         report=report,
         views=views,
         facts_of=facts,
-        units=units,
         cards=cards(report),
         colors=charts.COLORS,
         charts={

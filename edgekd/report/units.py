@@ -116,7 +116,8 @@ def stage_title(role_name: str, stage: str) -> str:
 
 def plain(value: object) -> str:
     """Any text on one line and without control characters, which could move a terminal's cursor or break a table."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+", " ", str(value)).strip()
+    visible = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", " ", str(value))
+    return " ".join(visible.split())
 
 
 def listed(value: object) -> str:

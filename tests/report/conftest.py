@@ -1,7 +1,9 @@
 """Small synthetic run directories, written with the real artifact store."""
 
+import copy
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -250,7 +252,7 @@ class RunWriter:
                 "size_bytes": size_bytes,
                 "sensors": {"before": reading, "after": reading},
                 "energy": None,
-                "energy_reason": "this system has no energy counter (powercap)",
+                "energy_reason": "" if "energy" in more else "this system has no energy counter (powercap)",
                 "warnings": [],
                 "valid": True,
                 "host": {},
@@ -351,12 +353,28 @@ def fill(run: RunWriter) -> RunWriter:
     return run
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The finished run that ``full`` copies: the store waits for the disk after every file."""
+    writer = fill(RunWriter(tmp_path_factory.mktemp("finished") / "run"))
+    writer.save()
+    return writer
+
+
 @pytest.fixture
 def writer(tmp_path):
     return RunWriter(tmp_path / "run")
 
 
 @pytest.fixture
-def full(writer):
-    """A finished run directory."""
-    return fill(writer).save()
+def full(writer, finished):
+    """A finished run directory; ``writer`` goes on from it."""
+    shutil.copytree(finished.root, writer.root, dirs_exist_ok=True)
+    writer.data, writer.order = copy.deepcopy(finished.data), finished.order
+    return writer.root
+
+
+@pytest.fixture
+def hostile():
+    """The reason of the failed engine: tags, Markdown and terminal sequences."""
+    return HOSTILE
