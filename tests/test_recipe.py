@@ -64,6 +64,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKD_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # validate adds the recipe's folder
+    monkeypatch.setitem(sys.modules, "timm", None)  # not installed, whatever this environment has
     return tmp_path
 
 
