@@ -16,6 +16,8 @@ from edgekd.report import units, views
 Report = dict[str, Any]
 COLORS = ("ink", "muted", "grid", "band", "teacher", "alone", "float", "int8", "term1", "term2", "term3", "term4")
 """The names that the page's style sheet defines as ``--chart-NAME``."""
+SHOWN_SHARE = 0.995
+"""The latency charts' axes reach this far into each distribution; the maximum is in the engine's facts."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 _TERMS = ("@term1", "@term2", "@term3", "@term4")
 _STAGES = {"finetune": "@float", "distill": "@float", "prune": "@term3", "quantize": "@int8"}
@@ -156,7 +158,9 @@ def latencies(report: Report) -> list[Chart]:
             }
             for engine in engines
         ]
-        shown = [value for engine in engines for value in engine["ecdf"]["ms"]]
+        # one sample in thousands that waited for something else would take most of the axis
+        shown = [ms for engine in engines for ms, share in zip(*engine["ecdf"].values(), strict=True) if share <= SHOWN_SHARE]
+        shown += [engine["latency_ms"][key] for engine in engines for key in ("min", "p99")]
         layout = {
             "xaxis": _log(shown, "latency (ms)"),
             "yaxis": _axis("share of inferences", range=[0, 101], tickvals=[0, 25, 50, 75, 90, 99], ticksuffix=" %"),

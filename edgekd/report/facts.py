@@ -33,14 +33,16 @@ def of_engine(engine: dict[str, Any]) -> Table:
         ("files", ", ".join(f"{name} ({units.size(size)})" for name, size in (engine["files"] or {}).items())),
         (
             "energy per inference",
-            f"{units.joules(energy['joules_per_inference'])}, {energy['source']}" if energy else engine["energy_reason"],
+            f"{units.joules(energy['joules_per_inference'])}, {energy['source']}"
+            if energy
+            else _not_read(engine["energy_reason"]),
         ),
         ("batch, threads", f"{engine['batch']}, {engine['threads'] or units.NONE}"),
         ("options", _pairs(engine["options"])),
         ("built in", units.seconds(engine["build_s"])),
         ("built with", _pairs(engine["fingerprint"])),
-        ("clock, MHz", _before_after(sensors.get("clock_mhz")) or sensors.get("clock_reason")),
-        ("temperature, °C", _before_after(sensors.get("temperature_c")) or sensors.get("temperature_reason")),
+        ("clock, MHz", _before_after(sensors.get("clock_mhz")) or _not_read(sensors.get("clock_reason"))),
+        ("temperature, °C", _before_after(sensors.get("temperature_c")) or _not_read(sensors.get("temperature_reason"))),
         ("load average", _before_after(sensors.get("load_1m"))),
         ("warnings", "; ".join(engine["warnings"])),
         ("target", engine["target"]),
@@ -57,6 +59,10 @@ def metric_label(engine: dict[str, Any]) -> str:
 def _images(engine: dict[str, Any]) -> str:
     images = engine["metric"].get("images")
     return f" on {images} images" if images else ""
+
+
+def _not_read(reason: str | None) -> str | None:
+    return f"not read: {reason}" if reason else None
 
 
 def _pairs(values: dict[str, Any] | None) -> str:

@@ -21,6 +21,8 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
         yield f"**{escape(state)}**\n"
     yield f"{escape(views.headline(report))}\n"
     yield table(views.answer(report))
+    if note := views.latency_note(report):
+        yield f"{escape(note)}\n"
     if line := views.budget_line(report):
         yield f"**{escape(line)}**\n"
         yield table(views.budget(report))

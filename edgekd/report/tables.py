@@ -57,14 +57,15 @@ def build(root: Path) -> dict[str, Any]:
 
 
 def _state(run: dict[str, Any]) -> dict[str, Any]:
-    """``finished``, ``failed`` (with its reason), or ``unfinished``: interrupted, or still running."""
+    """``finished``, ``failed`` (at which stage, and why), or ``unfinished``: interrupted, or still running."""
     failed = next((step for step in run["steps"] if step.get("status") == "failed"), None)
-    status = "failed" if failed is not None else "finished" if run.get("finished") else "unfinished"
-    doing = failed.get("stage") if failed is not None else run.get("doing")
+    done = [step for step in run["steps"] if step.get("folder")]
     return {
-        "status": status,
-        "doing": doing or None,
+        "status": "failed" if failed is not None else "finished" if run.get("finished") else "unfinished",
+        "failed_at": (failed.get("stage") or None) if failed is not None else None,
         "reason": (failed.get("reason") or None) if failed is not None else None,
+        # run.json's own "doing" is older than its last step
+        "last_step": done[-1]["folder"] if done else None,
         "started": run.get("started"),
         "finished": run.get("finished"),
         "seconds": run.get("seconds"),

@@ -55,7 +55,7 @@ def _entries(title: str, entries: list[str]) -> Iterator[str]:
 
 
 def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
-    return textwrap.wrap(units.plain(text), WIDTH, initial_indent=first, subsequent_indent=rest)
+    return textwrap.wrap(units.plain(text), WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def table(content: Table) -> Iterator[str]:

@@ -84,9 +84,9 @@ def ratio(value: float | None) -> str:
     return NONE if value is None else f"{number(value)}×"
 
 
-def interval(ends: list[float] | None) -> str:
+def interval(ends: list[float] | None, digits: int = 3) -> str:
     """The two ends of an interval of factors."""
-    return NONE if ends is None else f"[{number(ends[0])}, {number(ends[1])}]"
+    return NONE if ends is None else f"[{number(ends[0], digits)}, {number(ends[1], digits)}]"
 
 
 def seconds(value: float | None) -> str:

@@ -74,6 +74,15 @@ def headline(report: Report) -> str:
     return text + "."
 
 
+def latency_note(report: Report) -> str | None:
+    """Why the speed-up is not the quotient of the two latencies; None where it is."""
+    if not report["answer"]["latency_ms"]["interleaved"]:
+        return None
+    return (
+        "Latencies are of each engine alone; the speed-up is of both measured in turns, which a drift of the machine hits alike."
+    )
+
+
 def factor(ratio: float | None, less: str, more: str) -> str:
     """``3.10× smaller`` or ``1.20× larger``."""
     if ratio is None:
@@ -202,7 +211,7 @@ def comparisons(report: Report) -> Table:
             units.ratio(ratio["speedup"]),
             units.interval(ratio["interval"]),
             ratio["verdict"] if comparison["valid"] is not False else f"{ratio['verdict']} (invalid)",
-            units.interval((comparison["noise_floor"] or {}).get("interval")),
+            units.interval((comparison["noise_floor"] or {}).get("interval"), 4),
             comparison["rounds"],
         )
         for comparison in report["comparisons"]
@@ -291,11 +300,12 @@ def skipped(report: Report) -> Table:
 def state_line(report: Report) -> str | None:
     """What became of the run; None where it finished."""
     state = report["state"]
-    where = f" at {state['doing']}" if state["doing"] else ""
     if state["status"] == "failed":
+        where = f" at {state['failed_at']}" if state["failed_at"] else ""
         return units.plain(f"This run failed{where}: {state['reason'] or 'no reason was recorded'}")
     if state["status"] == "unfinished":
-        return units.plain(f"This run is not finished: it was interrupted, or is still running{where}")
+        last = state["last_step"] or "none"
+        return units.plain(f"This run is not finished: it was interrupted, or is still running (last finished step: {last})")
     return None
 
 

@@ -134,6 +134,14 @@ def test_the_answer_comes_first(full):
     assert " ".join(report.lines(found)[:2]) == sentence
 
 
+def test_a_speedup_that_is_no_quotient_of_the_latencies_says_so(full, writer):
+    found, page, md = outputs(full)
+    assert views.latency_note(found) in page.all_text()
+    assert views.latency_note(found) in unescaped(md)
+    writer.data["comparisons"] = []
+    assert views.latency_note(report.write(writer.save())) is None
+
+
 def test_the_cards_show_the_answer(full):
     _, page, _ = outputs(full)
     text = page.all_text()
@@ -227,6 +235,8 @@ def test_charts_draw_the_reports_numbers(full):
     points = {trace["name"]: (trace["x"], trace["y"]) for trace in charts.accuracy_against_latency(found)[0].data}
     for engine in found["engines"][:6]:
         assert points[engine["title"]] == ([engine["latency_ms"]["p50"]], [100 * engine["metric"]["value"]])
+    low, high = (10**end for end in charts.latencies(found)[0].layout["xaxis"]["range"])
+    assert low < found["engines"][2]["latency_ms"]["min"] < found["engines"][0]["latency_ms"]["p99"] < high
     forest = charts.comparisons(found)[0].data[0]
     assert (forest["x"], forest["y"]) == ([2.5, 0.35], ["student int8", "teacher float32"])
     assert forest["error_x"]["array"] == pytest.approx([0.05, 0.007])
@@ -338,7 +348,7 @@ def test_a_run_that_did_not_finish_says_so_before_anything_else(writer, kind):
         writer.data["steps"].append({"status": "failed", "reason": "not finite", "stage": "distill"})
     found, page, md = outputs(writer.save())
     expected = {
-        "unfinished": "This run is not finished: it was interrupted, or is still running at distill",
+        "unfinished": "This run is not finished: it was interrupted, or is still running (last finished step: none)",
         "failed": "This run failed at distill: not finite",
     }[kind]
     assert report.lines(found)[0] == expected
