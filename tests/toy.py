@@ -63,6 +63,7 @@ class Net(nn.Module):
         self.fc = nn.Linear(2 * channels, classes)
 
     def forward(self, x):
+        x = x.to(self.fc.weight.dtype)  # float64 tells a wrong formula from rounding
         x = torch.relu(self.norm1(self.conv1(x)))
         x = torch.relu(self.norm2(self.conv2(x)))
         return self.fc(self.dropout(x.mean((2, 3))))

@@ -45,7 +45,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         if not self.training or not torch.distributed.is_initialized():
             return super().forward(input)
         axes, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
-        values = input.float()  # statistics in 16 bits would be worth little
+        # at least float32: statistics in 16 bits would be worth little
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         # Two exchanges, because the mean of squares minus the squared mean cancels where the mean is large.
         mean_C = _Mean.apply(values.mean(axes))
         centred = values - mean_C.view(shape)

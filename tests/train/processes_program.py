@@ -58,9 +58,9 @@ CASES = {
 
 def run(name, folder):
     training, arguments, objective = CASES[name]
-    student, teacher = toy.net(1, **arguments), toy.net(2)
+    student, teacher = toy.net(1, **arguments).double(), toy.net(2).double()
     torch.manual_seed(5)
-    module = objective()
+    module = objective().double()
     setting = toy.setting(
         folder / "work" / name,
         compute=ComputeConfig(accelerator="cpu", devices=world_size(), threads=1),
