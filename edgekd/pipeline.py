@@ -78,6 +78,7 @@ def compress(loaded: Loaded, *, out: Path, smoke: bool, display: Display, comman
         BudgetExceeded: The report is written, and no engine of the student is within the budget.
     """
     check_processes(loaded.recipe.compute, command)
+    out = out.resolve()  # workers run in a folder of their own, where a relative path would lead elsewhere
     with _locked(out):
         return Run(loaded, out, smoke, display, command).whole()
 
@@ -244,7 +245,7 @@ class Run:
         )
         self.record["doing"] = name
         start = time.monotonic()
-        found = self.store.find(key) if rank() == 0 or self.context.compute.devices == 1 else self.store.peek(key)
+        found = self._find(key)
         status = "reused" if found is not None else "done"
         if found is None:
             self.display.stage(name, role)
@@ -254,6 +255,17 @@ class Run:
             self.display.reused(found.folder.name)
         self._note(found, name, role, start, status)
         assert isinstance(found, Checkpoint)
+        return found
+
+    def _find(self, key: str) -> Artifact | None:
+        """The finished checkpoint, if there is one. The first process looks and the others follow it: a process that still saw a
+        checkpoint which the first one just removed as damaged would go on alone, and all would wait for each other for ever.
+        """
+        found = self.store.find(key) if rank() == 0 else None
+        if self.context.compute.devices > 1:
+            there = self.context.fabric.broadcast(found is not None)
+            if rank() != 0 and there:
+                found = self.store.peek(key)
         return found
 
     def _store(

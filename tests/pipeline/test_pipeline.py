@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
@@ -188,6 +189,19 @@ def test_a_term_that_is_not_finite_stops_the_run_and_keeps_what_is_done(tiny, ru
 def test_two_runs_in_one_directory_are_refused(tiny, run, tmp_path):
     with _locked(tmp_path / "run"), pytest.raises(ArtifactError, match="in use by another run"):
         run(tiny)
+
+
+def test_a_run_directory_may_be_relative(tiny, run, tmp_path, monkeypatch):
+    """The default is, and every job of the first quickstart named files that its worker did not find."""
+    monkeypatch.chdir(tmp_path)
+    tiny |= {
+        "compare": [],
+        "stages": tiny["stages"][:1],
+        "deploy": [{"backend": {"name": "onnxruntime"}, "precision": ["float32"]}],
+    }
+    outcome, _ = run(tiny, out=Path("runs/tiny"))
+    assert outcome.failures == []
+    assert [engine["status"] for engine in outcome.report["engines"]] == ["measured"]
 
 
 def test_smoke_is_quick_and_marks_its_report(tiny, run):
