@@ -28,6 +28,8 @@ def build(
     reason = None
     if after is None:
         reason = "no engine of the student was measured"
+        if any(engine["backend"] == "null" and engine["latency_ms"] for engine in engines):
+            reason += " on a backend that computes anything"
     elif before is None:
         reason = f"no other engine was measured on {after['group']}"
     return {
