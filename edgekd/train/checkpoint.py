@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,8 +97,18 @@ def load_float(checkpoint: Checkpoint) -> Loaded:
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load the checkpoint's weights into a module that was built for them."""
-    module.load_state_dict(load_file(checkpoint.file(WEIGHTS)))
+    """Load the checkpoint's weights into a module that was built for them.
+
+    Raises:
+        ArtifactError: The file is damaged, or its weights are another model's.
+    """
+    path = checkpoint.file(WEIGHTS)
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as safetensors: {error}") from error
+    except RuntimeError as error:  # load_state_dict lists every name that is missing, too many or of another shape
+        raise ArtifactError(f"the weights in {path} do not fit the model of its {MODEL}: {error}") from error
 
 
 def save(folder: Path, module: nn.Module, architecture: Architecture, history: list[dict[str, Any]]) -> None:

@@ -49,10 +49,11 @@ def check_processes(config: ComputeConfig, command: str) -> None:
         RecipeError: With the command to use instead.
     """
     if config.devices != world_size():
-        # This very Python: `torchrun` need not be on the path, and where it is, it may belong to another environment.
+        # This very Python: `torchrun` need not be on the path, and where it is, it may belong to another environment. And
+        # --standalone, because torchrun's fixed port may be another run's.
         launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
         hint = (
-            f"start it with: {launcher} --nproc-per-node {config.devices} -m {command}"
+            f"start it with: {launcher} --standalone --nproc-per-node {config.devices} -m {command}"
             if config.devices > 1
             else f"set compute.devices to {world_size()}, or start it without torchrun"
         )

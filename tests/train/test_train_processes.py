@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,29 +17,15 @@ from edgekd.nn.batch_norm import CpuSyncBatchNorm, synchronize
 PROGRAM = Path(processes_program.__file__)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def torchrun(*arguments, processes=2):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(free_port()),
-    ]
+def run(*command, **given):
     return subprocess.run(
-        [*command, *map(str, arguments)],
+        [sys.executable, "-m", *map(str, command)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=240,
+        **given,
     )
 
 
@@ -48,7 +33,7 @@ def torchrun(*arguments, processes=2):
 def both(tmp_path_factory):
     """Folders with the results of one process and of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    done = torchrun(PROGRAM, two)
+    done = run("torch.distributed.run", "--standalone", "--nproc-per-node", 2, PROGRAM, two)
     assert done.returncode == 0, done.stderr
     for case in processes_program.CASES:
         processes_program.run(case, one)
