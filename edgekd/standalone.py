@@ -29,26 +29,32 @@ def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds
         seconds: Steady state per engine.
 
     Returns:
-        {"engines": [bench payloads with "model"], "comparison": compare payload or None}; raw samples included.
+        {"engines": [bench payloads with "model"], "skipped": [{"model", "reason"}] for those that this machine cannot run,
+        "comparison": compare payload or None}; raw samples included.
 
     Raises:
-        EdgekdError: A file is missing, a build or a measurement failed or cannot be done here.
+        EdgekdError: A file is missing, a build or a measurement failed, or nothing can be measured here.
     """
     with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as scratch:
         folder = Path(scratch)
         engines = [_engine(model, backend, threads, folder / f"engine{number}") for number, model in enumerate(models)]
         inputs = folder / "images.npy"
         np.save(inputs, _images(engines[0], batch))
-        results = []
+        results, skipped, names = [], [], []
         for model, engine in zip(models, engines, strict=True):
-            payload = _run(BenchJob(engine=str(engine), inputs=str(inputs), batch=batch, duration_s=seconds), folder)
-            results.append({"model": str(model), **payload})
+            job = BenchJob(engine=str(engine), inputs=str(inputs), batch=batch, duration_s=seconds)
+            result = Local().run(job, folder)
+            if result.status == "skipped":
+                skipped.append({"model": str(model), "reason": result.reason})
+                continue
+            results.append({"model": str(model), **_payload(result)})
+            names.append(str(engine))
+        if not results:
+            raise EdgekdError("\n".join(f"{each['model']}: {each['reason']}" for each in skipped), hint="run edgekd doctor")
         comparison = None
-        if len(engines) > 1:
-            names = [str(engine) for engine in engines]
-            job = CompareJob(engines=names, inputs=str(inputs), batch=batch, duration_s=seconds * len(engines))
-            comparison = _run(job, folder)
-    return {"engines": results, "comparison": comparison}
+        if len(names) > 1:
+            comparison = _run(CompareJob(engines=names, inputs=str(inputs), batch=batch, duration_s=seconds * len(names)), folder)
+    return {"engines": results, "skipped": skipped, "comparison": comparison}
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -63,6 +69,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"first {engine['first_ms']:.2f} ms; peak memory {memory}; {engine['size_bytes'] / 1024:.0f} KiB"
         )
         out += [f"  warning: {warning}" for warning in engine["warnings"]]
+    out += [f"{each['model']}: skipped: {each['reason']}" for each in result["skipped"]]
     if result["comparison"] is not None:
         for ratio in result["comparison"]["ratios"]:
             low, high = ratio["interval"]
@@ -137,7 +144,10 @@ def _images(engine: Path, batch: int) -> np.ndarray[Any, Any]:
 
 
 def _run(job: Any, folder: Path) -> dict[str, Any]:
-    result: JobResult = Local().run(job, folder)
+    return _payload(Local().run(job, folder))
+
+
+def _payload(result: JobResult) -> dict[str, Any]:
     if result.status != "ok":
         raise EdgekdError(result.error or result.reason, hint=result.hint)
     return result.payload
