@@ -260,8 +260,8 @@ class Run:
     def _find(self, key: str) -> Artifact | None:
         """The finished checkpoint, if there is one; the first process looks, and the others do as it does.
 
-        A process that still saw what the first one is about to remove as damaged would go on to the next stage alone, and all would
-        wait for each other for ever.
+        A process that still saw what the first one is about to remove as damaged would go on to the next stage alone, and all
+        would wait for each other for ever.
         """
         found = self.store.find(key) if rank() == 0 else None
         if self.context.compute.devices > 1:

@@ -77,5 +77,5 @@ def test_what_is_no_model_is_refused(tmp_path, make, message):
 
 
 def test_an_unknown_backend_is_refused(model):
-    with pytest.raises(BuildError, match="unknown backend 'openvina'.*did you mean 'openvino'"):
+    with pytest.raises(BuildError, match=r"unknown backend 'openvina'.*did you mean 'openvino'"):
         bench(model, backend="openvina")

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import processes_program
 import pytest
+import safetensors.torch
 import torch
 import toy
 from torch import nn
@@ -119,3 +121,56 @@ def test_synchronizing_keeps_parameters_names_and_modes():
     images = torch.randn(5, 4)
     torch.testing.assert_close(model["b"](images), nn.BatchNorm1d(4).eval()(images))
     assert model["a"](torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
+RECIPE = """
+name: two
+task: {kind: classification}
+data: {kind: digits, size_px: 8}
+teacher:
+  model: {name: resnet14}
+  train: {epochs: 1, batch_size: 250, lr: 0.01}
+student:
+  model: {name: resnet8}
+stages:
+  - kind: distill
+    method: {name: logits}
+    train: {epochs: 1, batch_size: 250, lr: 0.01}
+compute: {devices: 2, accelerator: cpu, threads: 1}
+"""
+
+
+def weights(folder):
+    return {path.parent.name.split("-")[1]: safetensors.torch.load_file(path) for path in folder.glob("0*/model.safetensors")}
+
+
+def test_the_command_in_the_hint_trains_what_one_process_trains(tmp_path):
+    """One process refuses and says what to type; that works, and works again after a checkpoint was damaged."""
+    (tmp_path / "two.yaml").write_text(RECIPE)
+    (tmp_path / "one.yaml").write_text(RECIPE.replace("devices: 2", "devices: 1"))
+    refused = run("edgekd", "compress", "two.yaml", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    hint = refused.stderr.partition("start it with: ")[2].strip()
+    _, _, *command = shlex.split(" ".join(hint.split()))
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("teacher: accuracy") == 1, "both processes talk"
+
+    two = weights(tmp_path / "runs" / "two")
+    alone = run("edgekd", "compress", "one.yaml", "--out", "alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    one = weights(tmp_path / "alone")
+    assert sorted(one) == sorted(two) == ["distill", "teacher"]
+    for stage, tensors in one.items():
+        for name, value in tensors.items():
+            torch.testing.assert_close(
+                two[stage][name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+    (damaged,) = (tmp_path / "runs" / "two").glob("02-distill-*/model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "damaged artifact 02-distill" in again.stderr
+    assert "reused 01-teacher" in again.stderr
+    assert toy.same_state(weights(tmp_path / "runs" / "two")["distill"], two["distill"])
