@@ -1,9 +1,13 @@
 """Shared by all tests."""
 
 import os
+import sys
 
 # before anything imports torch: one thread per test process
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if sys.platform == "linux":
+    # gloo looks the host's name up otherwise, and waits as long as a name server lets it
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 from pathlib import Path
 
