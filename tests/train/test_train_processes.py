@@ -141,7 +141,9 @@ compute: {devices: 2, accelerator: cpu, threads: 1}
 
 
 def weights(folder):
-    return {path.parent.name.split("-")[1]: safetensors.torch.load_file(path) for path in folder.glob("0*/model.safetensors")}
+    # read, not mapped into memory: the test cuts one of these files short
+    found = folder.glob("0*/model.safetensors")
+    return {path.parent.name.split("-")[1]: safetensors.torch.load(path.read_bytes()) for path in found}
 
 
 def test_the_command_in_the_hint_trains_what_one_process_trains(tmp_path):
