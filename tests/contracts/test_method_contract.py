@@ -1,0 +1,188 @@
+"""What every distillation method must do, asked of every member of ``METHODS``; and what must exist beside it.
+
+Each method is built with its defaults, for two models of the table that differ in depth and width, and trained by the real loop.
+"""
+
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from ruamel.yaml import YAML
+
+from edgekd import models
+from edgekd.distill import METHODS
+from edgekd.errors import RecipeError
+from edgekd.models import ModelConfig
+from edgekd.train.hardware import ComputeConfig
+from edgekd.train.loop import train
+from edgekd.train.optim import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDENT, TEACHER = ModelConfig(name="resnet8"), ModelConfig(name="wrn_16_2")
+
+
+def name_of(config):
+    (name,) = typing.get_args(config.model_fields["name"].annotation)
+    return name
+
+
+EVERY = pytest.mark.parametrize("method", METHODS, ids=name_of)
+
+
+class Pair:
+    """A student, a teacher and the method between them, all from seeds."""
+
+    def __init__(self, method, work, *, precision="32-true"):
+        torch.manual_seed(1)
+        self.student = models.build(STUDENT, num_classes=toy.CLASSES, in_channels=3)
+        torch.manual_seed(2)
+        self.teacher = models.build(TEACHER, num_classes=toy.CLASSES, in_channels=3)
+        self.setting = toy.setting(
+            work,
+            compute=ComputeConfig(accelerator="cpu", threads=1, precision=precision),
+            data=toy.dataset(train=32, size_px=16),
+        )
+        torch.manual_seed(3)
+        self.distiller = method(name=name_of(method)).build(self.student, self.teacher)
+        self.distiller.prepare(self.student, self.teacher, self.setting)
+
+    def train(self, **given):
+        config = TrainConfig(epochs=1, batch_size=16, lr=0.01, momentum=0, weight_decay=0)
+        return train(
+            student=self.student,
+            objective=self.distiller,
+            config=config,
+            setting=self.setting,
+            teacher=self.teacher,
+            student_taps=given.pop("student_taps", models.taps(STUDENT, self.student)),
+            teacher_taps=given.pop("teacher_taps", models.taps(TEACHER, self.teacher)),
+            **given,
+        )
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_all_terms_are_finite(method, precision, tmp_path):
+    pair = Pair(method, tmp_path, precision=precision)
+    (record,) = pair.train()
+    assert set(record["terms"]) > {"task"}, "a method gives at least one term of its own"
+    assert all(value.isfinite().all() for value in pair.student.state_dict().values())
+
+
+@EVERY
+def test_student_and_learned_parts_learn_from_the_method_alone(method, tmp_path):
+    """With the task switched off, what changes is the method's doing."""
+    pair = Pair(method, tmp_path)
+    student = {name: value.detach().clone() for name, value in pair.student.named_parameters()}
+    own = {name: value.detach().clone() for name, value in pair.distiller.named_parameters() if value.requires_grad}
+    pair.train(task_weight=0.0)
+    moved = [name for name, value in pair.student.named_parameters() if not torch.equal(value, student[name])]
+    assert moved, "no gradient reaches the student"
+    still = [name for name, value in pair.distiller.named_parameters() if name in own and torch.equal(value, own[name])]
+    assert not still, f"these parts of the method never learn: {still}"
+
+
+@EVERY
+def test_the_teacher_is_left_alone(method, tmp_path):
+    pair = Pair(method, tmp_path)
+    before = toy.state_of(pair.teacher)
+    pair.train()
+    assert toy.same_state(pair.teacher.state_dict(), before)
+    assert all(parameter.grad is None for parameter in pair.teacher.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pair.teacher.modules())
+    shared = {id(parameter) for parameter in pair.teacher.parameters()}
+    assert not [name for name, parameter in pair.distiller.named_parameters() if id(parameter) in shared], "would be trained"
+
+
+@EVERY
+def test_one_seed_gives_one_result(method, tmp_path):
+    results = []
+    for folder in ("a", "b"):
+        pair = Pair(method, tmp_path / folder)
+        (record,) = pair.train()
+        results.append((record["terms"], pair.student.state_dict(), pair.distiller.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert toy.same_state(results[0][1], results[1][1])
+    assert toy.same_state(results[0][2], results[1][2])
+
+
+@EVERY
+def test_its_state_round_trips(method, tmp_path):
+    """A resumed training builds the method anew and loads what it had learnt."""
+    trained = Pair(method, tmp_path / "a")
+    trained.train()
+    other = Pair(method, tmp_path / "b")
+    other.distiller.load_state_dict(trained.distiller.state_dict())
+    assert toy.same_state(other.distiller.state_dict(), trained.distiller.state_dict())
+
+
+@EVERY
+def test_the_students_structure_is_left_alone(method, tmp_path):
+    pair = Pair(method, tmp_path)
+    names = list(pair.student.state_dict())
+    pair.train()
+    assert list(pair.student.state_dict()) == names
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pair.student.modules())
+
+
+@EVERY
+@pytest.mark.parametrize("owner", ["student", "teacher"])
+def test_a_tap_that_is_not_there_fails_well(method, owner, tmp_path):
+    pair = Pair(method, tmp_path)
+    wanted = getattr(pair.distiller, f"{owner}_taps")
+    if not wanted:
+        pytest.skip(f"{name_of(method)} reads no taps of the {owner}")
+    taps = models.taps(STUDENT if owner == "student" else TEACHER, getattr(pair, owner))
+    missing = {role: place for role, place in taps.items() if role != wanted[0]}
+    with pytest.raises(RecipeError, match=f"no tap '{wanted[0]}'") as caught:
+        pair.train(**{f"{owner}_taps": missing})
+    assert all(role in caught.value.message for role in missing)
+
+
+@EVERY
+def test_its_options_say_what_they_are(method):
+    assert method.__doc__
+    for name, field in method.model_fields.items():
+        if name != "name":
+            assert field.description, f"{name} has no sentence that says what it is, with symbol and unit"
+            assert not field.is_required(), f"{name} has no default: the paper's"
+    assert method.model_config["extra"] == "forbid"
+
+
+def test_names_are_unique():
+    names = [name_of(method) for method in METHODS]
+    assert len(set(names)) == len(names)
+
+
+def methods_in_recipes():
+    """Method name -> recipes with a stage that uses it."""
+    found = {}
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        for stage in YAML(typ="safe").load(path)["stages"]:
+            if stage.get("method"):
+                found.setdefault(stage["method"]["name"], set()).add(path.name)
+    return found
+
+
+@EVERY
+def test_a_method_is_complete(method):
+    """A method is done when it has, beside its file, a test of its own, a recipe to start from, and a row in the table.
+
+    Deliberately without exceptions: a method that nobody can find or run is not there.
+    """
+    name = name_of(method)
+    assert method.__module__ == f"edgekd.distill.{name}", f"the method {name!r} belongs into edgekd/distill/{name}.py"
+    test = ROOT / "tests" / "distill" / f"test_distill_{name}.py"
+    assert test.is_file(), f"add {test.relative_to(ROOT)}"
+    recipes = methods_in_recipes().get(name)
+    assert recipes, f"add a recipe under recipes/ with a stage whose method is {{name: {name}}}"
+    row = re.search(rf"^\| `{re.escape(name)}` \|(.*)\|$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    assert row, f"add a row for `{name}` to docs/methods.md"
+    cells = [cell.strip() for cell in row[1].split("|")]
+    assert len(cells) == 5, f"the row of `{name}` has {len(cells) + 1} columns instead of 6"
+    assert all(cells), f"the row of `{name}` has an empty column"
+    assert f"{name}.py" in cells[2]
+    assert any(recipe in cells[3] for recipe in recipes), f"the row of `{name}` names none of the recipes {sorted(recipes)}"
