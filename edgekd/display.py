@@ -28,6 +28,7 @@ class Display:
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._title = ""
+        self._images = 0
         self._start = self._last = 0.0
 
     def say(self, line: str) -> None:
@@ -46,7 +47,7 @@ class Display:
         """An artifact was found finished."""
         self._print((f"reused {folder}", "dim"))
 
-    def step(self, title: str, done: int, total: int, images: int) -> None:  # noqa: ARG002
+    def step(self, title: str, done: int, total: int, images: int) -> None:
         """A training step is done; ``images`` counts those of the present epoch."""
         if not self.console.is_terminal or self.console.quiet:
             return
@@ -54,17 +55,22 @@ class Display:
             self._open(title, total, done - 1)
         assert self._progress is not None
         assert self._bar is not None
-        self._progress.update(self._bar, completed=done)
+        if images <= self._images:  # the first step of an epoch: the validation before it is no training
+            self._start, self._images = time.monotonic(), images
+            self._progress.update(self._bar, completed=done)
+            return
+        rate = (images - self._images) / max(time.monotonic() - self._start, 1e-9)
+        self._progress.update(self._bar, completed=done, rate=f"{rate:.0f} images/s")
 
     def epoch(self, title: str, epochs: int, record: dict[str, Any]) -> None:
         """A training epoch is done."""
         terms = " ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
-        text = f"{terms} val {record['val']:.4f} {record['images_per_s']:.0f} images/s"
+        text = f"{terms} val {record['val']:.4f}"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, note=text)
         elif record["epoch"] == epochs or time.monotonic() - self._last > self.EVERY_S:
             self._last = time.monotonic()
-            self._print(f"  {title} epoch {record['epoch']}/{epochs} {text}")
+            self._print(f"  {title} epoch {record['epoch']}/{epochs} {text} {record['images_per_s']:.0f} images/s")
 
     def trained(self, name: str, metric: str, value: float, seconds: float) -> None:
         """A checkpoint is stored."""
@@ -95,17 +101,18 @@ class Display:
 
     def _open(self, title: str, total: int, done: int) -> None:
         self._close()
-        self._title = title
+        self._title, self._images = title, 2**62  # the first step opens an epoch
         self._progress = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
         )
-        self._bar = self._progress.add_task(title, total=total, completed=done, note="")
+        self._bar = self._progress.add_task(title, total=total, completed=done, rate="", note="")
         self._progress.start()
 
     def _close(self) -> None:
