@@ -112,7 +112,7 @@ def test_on_a_terminal_epochs_move_a_bar_that_leaves_no_trace(terminal):
     assert "01-distill" in text
     assert "4/4" in text
     assert "val 0.8750" in text
-        assert "images/s" in text
+    assert "images/s" in text
     assert text.rstrip().endswith("next")  # below where the bar was
     assert text.index("\x1b[?25l") < text.index("\x1b[?25h") < text.index("next")  # the cursor is hidden, and comes back
     display.close()
