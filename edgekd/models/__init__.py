@@ -67,9 +67,9 @@ def build(config: ModelConfig, *, num_classes: int, in_channels: int) -> nn.Modu
     """
     if config.name == CALLABLE:
         assert config.call is not None  # ModelConfig's validator: callable comes with call
-        return user.build(config.call, dict(config.arguments), num_classes=num_classes, in_channels=in_channels)
+        return _out_of_place(user.build(config.call, dict(config.arguments), num_classes=num_classes, in_channels=in_channels))
     if config.name not in MODELS:
-        return zoo.build(config.name, dict(config.arguments), num_classes=num_classes, in_channels=in_channels)
+        return _out_of_place(zoo.build(config.name, dict(config.arguments), num_classes=num_classes, in_channels=in_channels))
     builder = MODELS[config.name].build
     accepted = [name for name in inspect.signature(builder).parameters if name not in ("num_classes", "in_channels")]
     _check_arguments(config, accepted)
@@ -81,6 +81,14 @@ def build(config: ModelConfig, *, num_classes: int, in_channels: int) -> nn.Modu
             f"model {config.name!r} cannot be built with arguments {arguments}: {error}",
             hint=f"its arguments are: {', '.join(accepted) or 'none'}",
         ) from error
+
+
+def _out_of_place(model: nn.Module) -> nn.Module:
+    """Switch off in-place activations: they overwrite what a tap recorded, or what a quantizer saved for its gradient."""
+    for module in model.modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return model
 
 
 def _check_arguments(config: ModelConfig, accepted: list[str]) -> None:

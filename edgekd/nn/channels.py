@@ -25,9 +25,8 @@ def channel_plan(module: nn.Module) -> dict[str, Any]:
     for path, part in module.named_modules():
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         shapes = {name: list(tensor.shape) for name, tensor in tensors}
-        attributes = {
-            name: _plain(getattr(part, name)) for name in ATTRIBUTES if isinstance(getattr(part, name, None), int | tuple)
-        }
+        own = vars(part)  # not what a property computes from the layers inside
+        attributes = {name: _plain(own[name]) for name in ATTRIBUTES if isinstance(own.get(name), int | tuple)}
         if shapes or attributes:
             plan[path] = {"attributes": attributes, "shapes": shapes}
     return plan

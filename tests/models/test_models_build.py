@@ -8,6 +8,7 @@ import torch
 from edgekd import models
 from edgekd.errors import MissingDependency, RecipeError
 from edgekd.models import ModelConfig
+from edgekd.nn.taps import capture
 
 USERS_FILE = """
 import torch
@@ -30,6 +31,11 @@ def fixed():
 
 def open_ended(**given):
     return Net(**given)
+
+def in_place():
+    conv = nn.Conv2d(3, 4, 1, bias=False)
+    nn.init.ones_(conv.weight)
+    return nn.Sequential(conv, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 def wrong(num_classes):
     return {"classes": num_classes}
@@ -90,6 +96,15 @@ def test_user_function_that_takes_nothing_is_given_nothing(users_module):
 def test_open_ended_function_and_a_class_work(users_module):
     assert build(num_classes=6, name="callable", call=f"{users_module}:open_ended").head.out_features == 6
     assert build(num_classes=6, name="callable", call=f"{users_module}:Net").head.out_features == 6
+
+
+def test_in_place_activations_are_switched_off(users_module):
+    """A tap in front of one would silently hold what the activation made of it."""
+    section = {"name": "callable", "call": f"{users_module}:in_place"}
+    model = build(**section)
+    with capture(model, {"before": "0"}) as taps:
+        model(torch.full((1, 3, 4, 4), -1.0))
+    assert taps["before"].min() < 0
 
 
 def test_users_arguments_win_over_the_data(users_module):
