@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 the recipe or the command is wrong, 3 ov
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,7 @@ def compress(
 
     The same command again goes on where it stopped and reuses what is finished.
     """
+    _share_cores()
     from edgekd import recipe as recipes
 
     _import_from(recipe)
@@ -207,6 +209,16 @@ def doctor(as_json: Json = False) -> None:
 
     facts = doctors.inspect()
     print(json.dumps(facts, indent=1) if as_json else "\n".join(doctors.lines(facts)))
+
+
+def _share_cores() -> None:
+    """Have torch's waiting threads give their cores back soon: call it before torch is imported.
+
+    By default they spin. Where anything else wants a core, the thread that all wait for does not get one, and training becomes many
+    times slower; alone on the machine, the difference is a few percent.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _import_from(recipe: Path) -> None:
