@@ -214,8 +214,8 @@ def doctor(as_json: Json = False) -> None:
 def _share_cores() -> None:
     """Have torch's waiting threads give their cores back soon: call it before torch is imported.
 
-    By default they spin. Where anything else wants a core, the thread that all wait for does not get one, and training becomes many
-    times slower; alone on the machine, the difference is a few percent.
+    By default they spin. Where anything else wants a core, the thread that all wait for does not get one, and training becomes
+    many times slower; alone on the machine, the difference is a few percent.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
