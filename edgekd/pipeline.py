@@ -429,7 +429,13 @@ def _locked(out: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    with (out / ".lock").open("a+") as stream:
+    try:
+        stream = (out / ".lock").open("a+")
+    except OSError as error:
+        raise ArtifactError(
+            f"the run directory {out} cannot be written: {error}", hint="give another directory with --out"
+        ) from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
