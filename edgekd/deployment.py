@@ -51,6 +51,8 @@ class Deployment:
         # What a measurement depends on: on another machine, or with another GPU, it is made again.
         self.host = {"cpu": record["environment"]["cpu"], "gpus": [gpu["name"] for gpu in record["environment"]["gpus"]]}
         self.exported: dict[tuple[str, str], Artifact | EdgekdError] = {}
+        self.slower: list[str] = []
+        """What was compressed and did not get faster: the run has failed, and says so."""
 
     def run(self, checkpoints: dict[str, list[Checkpoint]]) -> None:
         """Build and measure every cell of the recipe's deploy section."""
@@ -74,6 +76,7 @@ class Deployment:
                         group.append(len(self.record["cells"]) - 1)
             if len(group) > 1:
                 self._compare(entry, group, inputs["bench"])
+        self.record["warnings"] += self.slower
         self.record["budget"] = check_budget(self.recipe, self.record, self.store.root)
         self.save()
 
@@ -223,6 +226,8 @@ class Deployment:
         self.record["comparisons"].append(
             {"folder": found.folder.name, "backend_name": entry.backend.name, "target": entry.target, "cells": group}
         )
+        if found.metrics["valid"] and not self.record["smoke"]:  # a smoke run measures for a moment: its times mean nothing
+            self.slower += slower_than_float([cells[index] for index in group], found.metrics["ratios"])
 
     def _or_result(self, *arguments: Any) -> Artifact | JobResult:
         """An artifact, or the result of the job that said why there is none."""
@@ -283,6 +288,24 @@ class Deployment:
         if result.status != "ok":
             raise _NotDoneError(result)
         return result
+
+
+def slower_than_float(cells: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> list[str]:
+    """A line for every int8 engine of the student that is slower than its float32 twin.
+
+    Args:
+        cells: What was compared, the reference first.
+        ratios: The comparison's.
+    """
+    reference = cells[0]
+    if (reference["role"], reference["precision"]) != ("student", "float32"):
+        return []
+    return [
+        f"{cell['backend_name']} int8: slower than its float32 twin: {ratio['speedup']:.2f} times its speed "
+        f"[{ratio['interval'][0]:.2f}, {ratio['interval'][1]:.2f}]; its layers are too small for int8 to pay here"
+        for ratio in ratios
+        if ratio["verdict"] == "slower" and (cell := cells[ratio["engine"]])["precision"] == "int8"
+    ]
 
 
 class _NotDoneError(Exception):

@@ -134,6 +134,7 @@ class Run:
             for cell in self.record["cells"]
             if cell["status"] == "failed"
         ]
+        failures += deployment.slower
         budget = self.record["budget"]
         if budget is not None and not budget["ok"]:
             missed = ", ".join(
