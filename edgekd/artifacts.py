@@ -75,11 +75,11 @@ class Checkpoint(Artifact):
 
 
 class OnnxModel(Artifact):
-    """model.onnx, io.json and parity.json."""
+    """model.onnx, io.json, layers.json and parity.json."""
 
 
 class Engine(Artifact):
-    """The engine's files, io.json, engine.json (options, fingerprint of what built it) and build.log."""
+    """The engine's files, io.json, engine.json (options, fingerprint of what built it, audit) and build.log."""
 
 
 class BenchRecord(Artifact):

@@ -18,9 +18,9 @@ from edgekd import __version__
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
 from edgekd.data.base import Dataset
 from edgekd.display import Display
+from edgekd.engines import audit, options_dict
 from edgekd.engines import backend as find_backend
-from edgekd.engines import options_dict
-from edgekd.errors import EdgekdError
+from edgekd.errors import BuildError, EdgekdError
 from edgekd.export import stage as export_stage
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
 from edgekd.recipe import DeployConfig, Recipe
@@ -117,6 +117,9 @@ class Deployment:
             if isinstance(engine, JobResult):
                 return _unfinished(cell, engine)
             cell["engine"] = engine.folder.name
+            refused = audit.refusal(engine.metrics["audit"]) if precision == "int8" and not entry.allow_fallback else None
+            if refused is not None:
+                raise BuildError(refused, hint="set allow_fallback: true in this entry of deploy to measure it all the same")
             bench = self._bench(engine, entry, role, inputs)
             if isinstance(bench, JobResult):
                 cell = _unfinished(cell, bench)
@@ -165,7 +168,12 @@ class Deployment:
                 BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=precision, out=str(folder))
             )
             size = sum(path.stat().st_size for path in folder.iterdir() if path.name in result.payload["files"])
-            return {"size_bytes": size, "build_s": round(time.monotonic() - start, 3), "fingerprint": fingerprint}
+            return {
+                "size_bytes": size,
+                "build_s": round(time.monotonic() - start, 3),
+                "fingerprint": fingerprint,
+                "audit": result.payload["audit"],
+            }
 
         return self._or_result("engine", "engine", role, inputs, (onnx.id,), config, fingerprint, fill)
 

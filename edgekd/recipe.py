@@ -72,6 +72,8 @@ class DeployConfig(Config):
     """Whose engines; the teacher and the student trained alone are float32 only."""
     target: Literal["local"] = "local"
     """Where they are built and measured."""
+    allow_fallback: bool = False
+    """Measure an int8 engine even where most of its multiply-accumulates run in another precision; else that is a failure."""
     batch: int = Field(1, ge=1, le=4096)
     """Images per inference."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekd.engines import audit
 from edgekd.engines.base import Availability, Backend, Io, Session, TensorSpec, WrongMachineError, read_io
 from edgekd.engines.null import Null, NullOptions
 from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions
@@ -128,7 +129,8 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         out: An existing folder, which gets the engine's files.
 
     Returns:
-        What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds.
+        What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds, and audit where layers.json lies
+        beside the model.
 
     Raises:
         BuildError: The backend refuses the model or lacks the precision.
@@ -148,7 +150,7 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
     names = maker.build(model, options, out)
     files = {name: (out / name).stat().st_size for name in names}
     shutil.copyfile(model.with_name("io.json"), out / "io.json")
-    record = {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "backend": options_dict(options),
         "precision": precision,
@@ -157,6 +159,8 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         "size_bytes": sum(files.values()),
         "seconds": round(time.monotonic() - start, 3),
     }
+    if model.with_name(audit.LAYERS).is_file():
+        record["audit"] = audit.audit(model.with_name(audit.LAYERS), maker, out, options)
     (out / RECORD).write_text(json.dumps(record, indent=1))
     return record
 

@@ -103,6 +103,20 @@ class Session(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
+@dataclass(frozen=True)
+class Executed:
+    """One operation of a built engine, as the library itself reports it."""
+
+    nodes: tuple[str, ...]
+    """Names of the model's nodes that went into it, or of the tensors that they made."""
+    kind: str
+    """The library's name for it, for instance QLinearConv."""
+    precision: str
+    """What it computes in: int8, float32, bfloat16, ..."""
+    time_us: float | None = None
+    """Its share of one inference, microseconds, where the library tells."""
+
+
 class Backend(Protocol):
     """A way to build and run engines; it holds no state."""
 
@@ -119,6 +133,14 @@ class Backend(Protocol):
 
         Raises:
             BuildError: The library refuses the model; the message names the node where the library does.
+        """
+
+    def executed(self, folder: Path, options: Any, /) -> list[Executed]:
+        """What the built engine really runs, for the precision audit.
+
+        Raises:
+            BuildError: The engine cannot be read.
+            WrongMachineError: This machine cannot inspect it; the message says why.
         """
 
     def open(self, folder: Path, options: Any, /) -> Session:

@@ -10,7 +10,17 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from edgekd.engines.base import DYNAMIC, Array, Availability, Io, check_feeds, precision_refusal, read_io
+from edgekd.engines.base import (
+    DYNAMIC,
+    Array,
+    Availability,
+    Executed,
+    Io,
+    WrongMachineError,
+    check_feeds,
+    precision_refusal,
+    read_io,
+)
 from edgekd.errors import BuildError
 
 
@@ -70,6 +80,10 @@ class Null:
         if not model.is_file():
             raise BuildError(f"{model} does not exist", hint="export the model first")
         return []
+
+    def executed(self, _folder: Path, _options: NullOptions) -> list[Executed]:
+        """Say that nothing is."""
+        raise WrongMachineError("not inspected: the null backend runs nothing")
 
     def open(self, folder: Path, _options: NullOptions) -> NullSession:
         """Read io.json."""

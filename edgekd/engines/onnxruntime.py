@@ -7,11 +7,16 @@ what runs (QLinearConv or Conv). It is bound to the CPU's instruction set, which
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from edgekd._optional import require
 from edgekd.engines import hardware
@@ -19,6 +24,7 @@ from edgekd.engines.base import (
     DYNAMIC,
     Array,
     Availability,
+    Executed,
     TensorSpec,
     check_choice,
     check_feeds,
@@ -30,6 +36,9 @@ from edgekd.errors import BuildError, MissingDependency
 
 FILE = "model.onnx"
 _LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+_KERNEL = "_kernel_time"
+_PROFILED = 5
+"""Inferences; a kernel's time is their median."""
 _DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -112,10 +121,40 @@ class OnnxRuntime:
             _session(runtime, model, settings)
         return [FILE]
 
+    def executed(self, folder: Path, options: OnnxRuntimeOptions) -> list[Executed]:
+        """The kernels of one profiled inference of zeros: their names are the nodes', with a suffix where nodes were fused."""
+        runtime = require("onnxruntime")
+        settings = _settings(runtime, options, "none")
+        settings.enable_profiling = True
+        with tempfile.TemporaryDirectory() as scratch:
+            settings.profile_file_prefix = str(Path(scratch) / "profile")
+            session = _session(runtime, folder / FILE, settings)
+            specs = [_spec(item) for item in session.get_inputs()]
+            feeds = {spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs}
+            try:
+                for _ in range(_PROFILED):
+                    session.run(None, feeds)
+                events = json.loads(Path(session.end_profiling()).read_text())
+            except _errors(runtime) as error:
+                raise BuildError(f"onnxruntime cannot profile {folder / FILE}: {_line(error)}") from error
+        times: dict[tuple[str, str], list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                times.setdefault((event["name"].removesuffix(_KERNEL), event["args"]["op_name"]), []).append(event["dur"])
+        return [
+            Executed((re.sub(r"(_token_\d+|_nchwc|/.*)$", "", name),), kind, _precision(kind), float(np.median(durations)))
+            for (name, kind), durations in times.items()
+        ]
+
     def open(self, folder: Path, options: OnnxRuntimeOptions) -> OnnxRuntimeSession:
         """Load the optimized graph as it is."""
         runtime = require("onnxruntime")
         return OnnxRuntimeSession(runtime, _session(runtime, folder / FILE, _settings(runtime, options, "none")))
+
+
+def _precision(kind: str) -> str:
+    """Its operators on integers are named for it; all others here compute in float32."""
+    return "int8" if kind.startswith(("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")) else "float32"
 
 
 def _settings(runtime: Any, options: OnnxRuntimeOptions, optimization: str) -> Any:

@@ -20,6 +20,7 @@ from edgekd.engines.base import (
     DYNAMIC,
     Array,
     Availability,
+    Executed,
     TensorSpec,
     check_choice,
     check_feeds,
@@ -30,6 +31,8 @@ from edgekd.engines.base import (
 from edgekd.errors import BuildError, MissingDependency
 
 FILE = "model.blob"
+_PRECISIONS = {"u8": "int8", "i8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+"""The runtime precision of an operation is that of what it reads."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,27 @@ class OpenVino:
                 hint="check that the file is a whole ONNX model; export it again",
             ) from error
         return [FILE]
+
+    def executed(self, folder: Path, options: OpenVinoOptions) -> list[Executed]:
+        """The operations of the compiled model, timed over an inference of zeros."""
+        library = require("openvino")
+        try:
+            settings = {**_settings(options), "PERF_COUNT": True}
+            compiled = library.Core().import_model((folder / FILE).read_bytes(), options.device, settings)
+            request = compiled.create_infer_request()
+            specs = [_spec(port) for port in compiled.inputs]
+            for _ in range(2):  # the first prepares
+                request.infer({spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs})
+            times = {info.node_name: info.real_time.total_seconds() * 1e6 for info in request.profiling_info}
+        except (OSError, RuntimeError) as error:
+            raise BuildError(f"openvino cannot inspect {folder / FILE}: {_line(error)}", hint="build the engine again") from error
+        found = []
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            facts = {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
+            names = tuple(name.split("/")[0] for name in facts.get("originalLayersNames", "").split(","))
+            precision = _PRECISIONS.get(facts.get("runtimePrecision", ""), facts.get("runtimePrecision", "unknown"))
+            found.append(Executed(names, facts.get("layerType", "unknown"), precision, times.get(node.get_friendly_name())))
+        return found
 
     def open(self, folder: Path, options: OpenVinoOptions) -> OpenVinoSession:
         """Import the blob."""

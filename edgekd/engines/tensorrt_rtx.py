@@ -15,6 +15,7 @@ from edgekd.engines import hardware
 from edgekd.engines.base import (
     DYNAMIC,
     Availability,
+    Executed,
     Session,
     WrongMachineError,
     check_choice,
@@ -107,6 +108,10 @@ class TensorRtRtx:
             )
         (out / FILE).write_bytes(data)
         return [FILE]
+
+    def executed(self, _folder: Path, _options: TensorRtRtxOptions) -> list[Executed]:
+        """Say why it cannot be inspected: the library reads an engine on its GPU only."""
+        raise WrongMachineError("built, not inspected: TensorRT-RTX reads an engine only on its GPU")
 
     def open(self, folder: Path, _options: TensorRtRtxOptions) -> Session:
         """Say why it cannot be run."""

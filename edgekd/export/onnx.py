@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,6 @@ def to_float16(model: Any) -> Any:
 
 def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[str, Any]:
     """io.json: inputs, outputs (name, dtype, shape with -1 where the size is free), preprocessing, precision."""
-    import numpy as np
     import onnx
 
     def spec(value: Any) -> dict[str, Any]:
@@ -93,6 +94,64 @@ def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[
         "preprocessing": preprocessing,
         "precision": precision,
     }
+
+
+def layers(model: Any) -> list[dict[str, Any]]:
+    """layers.json: every convolution and matrix product with constant weights, in the graph's order.
+
+    Returns:
+        Rows with node (its name in the file), outputs (its tensor, and those of a ReLU or an addition right behind it, by which
+        libraries may name what they fuse), path (the torch module's, or the node's name where the weights do not tell), op,
+        macs (of one image) and asked: int8 where inputs and weights come out of DequantizeLinear, else the weights' own type.
+    """
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {
+        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]  # a free batch counts one image
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
+    weights = {tensor.name: tensor for tensor in inferred.initializer}
+    makers = {name: node for node in inferred.node for name in node.output}
+
+    def origin(name: str) -> tuple[Any, bool]:
+        """The constant behind a weight, and whether it is dequantized."""
+        node = makers.get(name)
+        if node is not None and node.op_type == "DequantizeLinear":
+            return weights.get(node.input[0]), True
+        return weights.get(name), False
+
+    def fused(name: str) -> list[str]:
+        """A tensor, and what activations and additions make of it."""
+        users = [node for node in inferred.node if name in node.input]
+        if len(users) == 1 and users[0].op_type in ("Relu", "Clip", "Add"):
+            return [name, *fused(users[0].output[0])]
+        return [name]
+
+    rows = []
+    for node in inferred.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        weight, quantized = origin(node.input[1])
+        if weight is None:
+            continue
+        source = makers.get(node.input[0])
+        integer = quantized and source is not None and source.op_type == "DequantizeLinear"
+        dims = list(weight.dims)
+        outputs = math.prod(shapes.get(node.output[0], [0]))
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        each = math.prod(dims[1:]) if node.op_type == "Conv" else dims[-1 if transposed else -2]
+        rows.append(
+            {
+                "node": node.name,
+                "outputs": fused(node.output[0]),
+                "path": weight.name.rsplit(".", 1)[0] if weight.name.endswith((".codes", ".weight")) else node.name,
+                "op": node.op_type,
+                "macs": outputs * each,
+                "asked": "int8" if integer else np.dtype(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)).name,
+            }
+        )
+    return rows
 
 
 def save(model: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The section ``export``: a checkpoint becomes model.onnx, io.json and parity.json."""
+"""The section ``export``: a checkpoint becomes model.onnx, io.json, layers.json and parity.json."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def run(
         model = onnx.to_float16(model)
     path = folder / "model.onnx"
     onnx.save(model, path)
+    write_json(folder / "layers.json", onnx.layers(model))
     write_json(folder / "io.json", onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding))
     count = min(config.parity_images, len(dataset.val))
     images = normalise(torch.from_numpy(np.array(dataset.val.images[:count])), dataset.mean, dataset.std).contiguous()

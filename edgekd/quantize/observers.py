@@ -24,7 +24,9 @@ class Observer:
     def __call__(self, values: Tensor) -> None:
         """Look at one tensor."""
         flat = values.detach().float().reshape(-1).cpu()
-        self.largest = float(torch.maximum(torch.tensor(self.largest), flat.abs().amax()))  # keeps a NaN, as Python's max does not
+        self.largest = float(
+            torch.maximum(torch.tensor(self.largest), flat.abs().amax())
+        )  # keeps a NaN, as Python's max does not
         count = min(SAMPLES, math.ceil(flat.numel() * self._share))
         self._share = min(self._share, count / flat.numel())
         self._parts.append(flat[torch.randint(0, flat.numel(), (count,), generator=self._generator)])

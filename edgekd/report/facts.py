@@ -38,6 +38,8 @@ def of_engine(engine: dict[str, Any]) -> Table:
             else _not_read(engine["energy_reason"]),
         ),
         ("batch, threads", f"{engine['batch']}, {engine['threads'] or units.NONE}"),
+        ("multiply-accumulates in int8", views.int8_share(engine)),
+        ("precision audit", units.plain((engine["audit"] or {}).get("reason", ""))),
         ("options", _pairs(engine["options"])),
         ("built in", units.seconds(engine["build_s"])),
         ("built with", _pairs(engine["fingerprint"])),

@@ -63,6 +63,7 @@ def _engine(cell: dict[str, Any], files: Files) -> dict[str, Any]:
         "samples": len(record["samples_ns"]) if "samples_ns" in record else None,
         "ecdf": ecdf(record["samples_ns"]) if record.get("samples_ns") else None,
         "sensors": _sensors(record.get("sensors")),
+        "audit": info.get("audit"),
         "build_s": info.get("seconds"),
         "fingerprint": info.get("fingerprint"),
         "files": info.get("files"),

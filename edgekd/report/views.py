@@ -167,6 +167,33 @@ def bits(pairs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{pair['weight']}/{pair['activation']}" for pair in pairs) or units.NONE
 
 
+def int8_share(engine: dict[str, Any]) -> str:
+    """Which share of the multiply-accumulates the built engine runs in int8, as its library says."""
+    audit = engine["audit"]
+    return f"{100 * audit['got_int8']:.0f} %" if audit and audit.get("layers") else units.NONE
+
+
+def audit(engine: dict[str, Any]) -> Table:
+    """The precision audit of one engine: per layer what was asked and what it runs in."""
+    rows = (engine["audit"] or {}).get("layers") or []
+    total = sum(row["macs"] for row in rows) or 1
+    return table(
+        "layer|operation|share of MACs >|asked|runs in|as|time, µs >",
+        [
+            (
+                row["path"],
+                row["op"],
+                f"{100 * row['macs'] / total:.1f} %",
+                row["asked"],
+                row["got"],
+                row["kind"] or units.NONE,
+                units.number(row["time_us"]),
+            )
+            for row in rows
+        ],
+    )
+
+
 def engines(report: Report) -> Table:
     """One row per cell of the deploy matrix."""
     rows = []
@@ -179,6 +206,7 @@ def engines(report: Report) -> Table:
                 units.role(engine["role"]),
                 engine["precision"],
                 status(engine),
+                int8_share(engine),
                 units.metric(engine["metric"]),
                 *spread,
                 units.number(engine["first_ms"]),
@@ -187,7 +215,7 @@ def engines(report: Report) -> Table:
             )
         )
     times = "p50 ms >|p90 ms >|p99 ms >|mean ms >|first ms >"
-    return table(f"backend|model|precision|status|{metric_name(report)} >|{times}|memory MiB >|size >", rows)
+    return table(f"backend|model|precision|status|MACs in int8 >|{metric_name(report)} >|{times}|memory MiB >|size >", rows)
 
 
 def status(engine: dict[str, Any]) -> str:

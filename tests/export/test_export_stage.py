@@ -47,7 +47,7 @@ def test_files_and_io(tmp_path, twin, digits, encoding):
     out = tmp_path / "out"
     out.mkdir()
     metrics = stage.run(ExportConfig(parity_images=64, max_changed=0.1), checkpoint, encoding, digits, Classification(), out)
-    assert sorted(path.name for path in out.iterdir()) == ["io.json", "model.onnx", "parity.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["io.json", "layers.json", "model.onnx", "parity.json"]
     io = read_io(out / "io.json")
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.inputs] == [("images", "float32", (-1, 3, 32, 32))]
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.outputs] == [("logits", "float32", (-1, 10))]

@@ -18,6 +18,21 @@ def nearest_rank(values, percent):
     return ordered[max(-(-percent * len(ordered) // 100), 1) - 1]
 
 
+def audit(precision):
+    """engine.json's audit of two layers; int8 asks for both and gets one."""
+    rows = [("stem.0", 300, "QLinearConv", precision), ("fc", 100, "Gemm", "float32")]
+    return {
+        "layers": [
+            {"path": path, "op": "Conv", "macs": macs, "asked": precision, "got": got, "kind": kind, "time_us": 3.2}
+            for path, macs, kind, got in rows
+        ],
+        "asked_int8": float(precision == "int8"),
+        "got_int8": 0.75 if precision == "int8" else 0.0,
+        "other_time": 0.1,
+        "reason": "",
+    }
+
+
 class RunWriter:
     """Writes a run step by step, as the pipeline does: artifacts with the store, run.json last."""
 
@@ -223,6 +238,7 @@ class RunWriter:
                         "files": {"engine.bin": size_bytes},
                         "size_bytes": size_bytes,
                         "seconds": 0.8,
+                        "audit": audit(precision),
                     }
                 },
             )

@@ -369,3 +369,20 @@ print(len(report.lines(report.write(Path(sys.argv[1])))))
     done = subprocess.run([sys.executable, "-c", code, str(full)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+def test_the_precision_audit_is_shown_for_every_int8_engine(full):
+    """What each layer runs in, from engine.json alone."""
+    data, page, md = outputs(full)
+    engine = next(engine for engine in data["engines"] if engine["precision"] == "int8" and engine["audit"])
+    assert views.int8_share(engine) == "75 %"
+    shown = views.audit(engine)
+    assert shown.rows == [
+        ("stem.0", "Conv", "75.0 %", "int8", "int8", "QLinearConv", "3.20"),
+        ("fc", "Conv", "25.0 %", "int8", "float32", "Gemm", "3.20"),
+    ]
+    assert views.int8_share({**engine, "audit": {"layers": [], "reason": "built, not inspected"}}) == "–"
+    assert ("precision audit", "not here") in facts.of_engine({**engine, "audit": {"layers": [], "reason": "not here"}}).rows
+    assert f"Precision audit of {engine['title']}" in unescaped(md)
+    for row in shown.rows:
+        assert " ".join(row) in page.all_text()

@@ -1,0 +1,121 @@
+"""The precision audit on real engines: what was asked, what the library says that it runs."""
+
+import json
+
+import onnx
+import pytest
+from torch import nn
+
+from edgekd.engines import audit, build_engine, options_from
+from edgekd.engines.base import Executed
+from edgekd.export import onnx as exporting
+from edgekd.export.qdq import encode
+from edgekd.export.stage import preprocessing
+from edgekd.nn.flops import macs
+
+
+@pytest.fixture(scope="session")
+def audited(twin, digits, tmp_path_factory):
+    """Call with model, form (float32, u8, s8) and backend: the audit of the engine."""
+
+    def make(name, form, backend, **options):
+        made, folder = twin(name), tmp_path_factory.mktemp("audit")
+        module = made.module if form == "float32" else encode(made.quantized, form)
+        model = exporting.export(module, made.images[:2], output_names=["logits"], opset=20)
+        precision = "float32" if form == "float32" else "int8"
+        onnx.save(model, folder / "model.onnx")
+        (folder / "layers.json").write_text(json.dumps(exporting.layers(model)))
+        (folder / "io.json").write_text(json.dumps(exporting.describe(model, preprocessing(digits), precision)))
+        out = folder / "engine"
+        out.mkdir()
+        record = build_engine(folder / "model.onnx", options_from({"name": backend, **options}), precision, out)
+        assert record["audit"] == json.loads((out / "engine.json").read_text())["audit"]
+        return record["audit"]
+
+    return make
+
+
+def paths(module):
+    return [path for path, part in module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "shufflenetv2", "vgg8"])
+@pytest.mark.parametrize("form", ["float32", "u8"])
+def test_layers_are_the_modules_and_their_macs_are_torchs(twin, name, form):
+    made = twin(name)
+    module = made.module if form == "float32" else encode(made.quantized, form)
+    rows = exporting.layers(exporting.export(module, made.images[:2], output_names=["logits"], opset=20))
+    assert sorted(row["path"] for row in rows) == sorted(paths(made.module))
+    assert sum(row["macs"] for row in rows) == macs(made.module, (3, 32, 32))
+    assert {row["asked"] for row in rows} == {"float32" if form == "float32" else "int8"}
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "shufflenetv2"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_both_cpu_engines_run_on_integers(audited, name, backend):
+    pytest.importorskip(backend)
+    result = audited(name, "u8", backend)
+    assert result["asked_int8"] == 1
+    assert result["got_int8"] > 0.99  # ONNX Runtime runs the last matrix product in float, because of its bias
+    assert all(row["time_us"] is not None and row["time_us"] >= 0 for row in result["layers"])
+    assert 0 <= result["other_time"] < 1
+    assert audit.refusal(result) is None
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_float_engine_is_all_float(audited, backend):
+    pytest.importorskip(backend)
+    result = audited("resnet8", "float32", backend)
+    assert {row["got"] for row in result["layers"]} == {"float32"}  # none is unknown: every layer was found by its name
+    assert result["asked_int8"] == result["got_int8"] == 0
+    assert audit.refusal(result) is None
+
+
+def test_an_encoding_that_does_not_fit_the_engine_is_refused_by_name(audited):
+    """With signed activations ONNX Runtime keeps ReLUs, and so convolutions, in float, and does not say so."""
+    result = audited("mobilenetv2", "s8", "onnxruntime")
+    refusal = audit.refusal(result)
+    assert refusal is not None
+    assert "asked for int8, but only" in refusal
+    assert "(float32)" in refusal
+    assert any(path in refusal for path in ("head.0", "stem.0", "stage"))
+
+
+def test_what_cannot_be_inspected_here_says_so(audited):
+    pytest.importorskip("tensorrt_rtx")
+    result = audited("resnet8", "s8", "tensorrt_rtx")
+    assert result["layers"] == []
+    assert "not inspected" in result["reason"]
+    assert audit.refusal(result) is None
+
+
+def row(node, macs_, asked="int8", outputs=()):
+    return {"node": node, "outputs": list(outputs), "path": f"path.{node}", "op": "Conv", "macs": macs_, "asked": asked}
+
+
+def test_the_shares_by_hand():
+    asked = {"a": row("a", 60), "b": row("b", 30, outputs=["relu_b"]), "c": row("c", 10, asked="float32")}
+    executed = [
+        Executed(("a",), "QLinearConv", "int8", 5.0),
+        Executed(("relu_b",), "Conv", "float32", 2.0),
+        Executed(("a", "other"), "Reorder", "float32", 1.0),  # shorter than the convolution: not the layer
+        Executed(("pool",), "Pool", "float32", 2.0),
+    ]
+    result = audit.compare(asked, executed)
+    assert [(each["path"], each["got"]) for each in result["layers"]] == [
+        ("path.a", "int8"),
+        ("path.b", "float32"),
+        ("path.c", "unknown"),
+    ]
+    assert result["asked_int8"] == pytest.approx(0.9)
+    assert result["got_int8"] == pytest.approx(0.6)
+    assert result["other_time"] == pytest.approx(0.3)
+    assert audit.refusal(result) is None  # two thirds of what was asked
+
+
+def test_a_refusal_names_the_heaviest_first_and_counts_unknown_ones():
+    asked = {name: row(name, count) for name, count in (("a", 10), ("b", 70), ("c", 20))}
+    result = audit.compare(asked, [Executed(("c",), "QLinearConv", "int8", 1.0), Executed(("b",), "Conv", "float32", 1.0)])
+    refusal = audit.refusal(result)
+    assert "only 20% of the multiply-accumulates run in it (100% were asked)" in refusal
+    assert refusal.endswith("path.b (float32), path.a (unknown)")
