@@ -6,6 +6,10 @@ one backend's refusal does not cost the others their results.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -67,7 +71,7 @@ class Deployment:
                 for precision in entry.precision:
                     checkpoint = _source(checkpoints[role], precision)
                     if checkpoint is None:
-                        continue  # int8 is the student's alone
+                        continue  # int8 is the student's alone; float32 there always is (Run.train)
                     cell = self._cell(entry, role, precision, checkpoint, inputs)
                     self.record["cells"].append(cell)
                     self.save()
@@ -84,11 +88,15 @@ class Deployment:
         folder = self.store.root / "inputs"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}-{self.dataset.fingerprint[:12]}.npy"
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as stream:
-                np.save(stream, np.ascontiguousarray(images), allow_pickle=False)
-            partial.replace(path)
+        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged: written again
+            if np.array_equal(np.load(path, mmap_mode="r", allow_pickle=False), images):
+                return path
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, np.ascontiguousarray(images), allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
         return path
 
     def _cell(
@@ -172,7 +180,7 @@ class Deployment:
                 "size_bytes": size,
                 "build_s": round(time.monotonic() - start, 3),
                 "fingerprint": fingerprint,
-                "audit": result.payload["audit"],
+                "audit": result.payload.get("audit", {"layers": [], "reason": "the model's layers are not known"}),
             }
 
         return self._or_result("engine", "engine", role, inputs, (onnx.id,), config, fingerprint, fill)
@@ -260,6 +268,9 @@ class Deployment:
         key = content_id({**inputs, "versions": environment, "edgekd": __version__})
         start = time.monotonic()
         found = self.store.find(key)
+        if found is not None and not found.metrics.get("valid", True):
+            shutil.rmtree(found.folder)  # the machine was disturbed while it was measured: it may be quiet now
+            found = None
         status = "reused"
         if found is None:
             status = "done"
@@ -352,10 +363,17 @@ def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str
     teacher_value = _metric(root / teacher["folder"]) if teacher is not None else None
     candidates = []
     for index, cell in enumerate(record["cells"]):
-        if cell["role"] == "student" and cell["status"] == "measured":
-            measured = _measured(root / cell["bench"], teacher_value)
+        if cell["role"] == "student" and cell["status"] == "measured" and cell["backend_name"] != "null":
+            measured, valid = _measured(root / cell["bench"], teacher_value)
             checks = [
-                {"limit": name, "allowed": allowed, "measured": measured[name], "ok": measured[name] <= allowed, "cell": index}
+                {
+                    "limit": name,
+                    "allowed": allowed,
+                    "measured": measured[name],
+                    # a disturbed measurement says nothing of latency; all else is as it is
+                    "ok": measured[name] is not None and measured[name] <= allowed and (valid or name != "latency_ms"),
+                    "cell": index,
+                }
                 for name, allowed in limits.items()
             ]
             misses = sum(not check["ok"] for check in checks)
@@ -366,9 +384,8 @@ def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str
     return {"limits": limits, "checks": checks, "ok": misses == 0}
 
 
-def _measured(bench: Path, teacher_value: float | None) -> dict[str, float]:
-    import json
-
+def _measured(bench: Path, teacher_value: float | None) -> tuple[dict[str, Any], bool]:
+    """What the budget limits, and whether the measurement is valid."""
     record = json.loads((bench / "record.json").read_text())
     drop = 100 * (teacher_value - record["metric"]["value"]) if teacher_value is not None else 0.0
     return {
@@ -376,7 +393,7 @@ def _measured(bench: Path, teacher_value: float | None) -> dict[str, float]:
         "size_mib": record["size_bytes"] / 2**20,
         "memory_mib": record["peak_memory_mib"],
         "accuracy_drop": drop,
-    }
+    }, bool(record["valid"])
 
 
 def _metric(folder: Path) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import sys
 import time
@@ -137,9 +138,7 @@ class Run:
         failures += deployment.slower
         budget = self.record["budget"]
         if budget is not None and not budget["ok"]:
-            missed = ", ".join(
-                f"{c['limit']} {c['measured']:.4g} (allowed {c['allowed']:.4g})" for c in budget["checks"] if not c["ok"]
-            )
+            missed = ", ".join(_miss(check) for check in budget["checks"] if not check["ok"])
             raise BudgetExceeded(
                 f"over budget: {missed or 'no engine was measured'}", hint=f"see {self.store.root}/report/report.md"
             )
@@ -156,7 +155,7 @@ class Run:
                     student.module, student.architecture.example(), ratio=0.3, round_to=stage.round_to, scope=stage.scope
                 )
             if isinstance(stage, QuantizeConfig):
-                quantize_stage.prepare(stage, student)
+                quantize_stage.rehearse(stage, student)
 
     def train(self) -> dict[str, list[Checkpoint]]:
         """All checkpoints: the teacher, the student trained alone, the student after each stage."""
@@ -172,6 +171,9 @@ class Run:
             result["student_alone"] = [self._stage(alone, None, None, role="student_alone", name="student_alone")]
         source: Checkpoint | None = None
         result["student"] = []
+        if recipe.student.model.weights is not None and isinstance(recipe.stages[0], PruneConfig | QuantizeConfig):
+            source = self._given(recipe.student.model, "student", "weights")  # the float twin of what follows
+            result["student"].append(source)
         for stage in recipe.stages:
             source = self._stage(stage, source, teacher, role="student", name=stage.kind)
             result["student"].append(source)
@@ -187,13 +189,17 @@ class Run:
                 name="teacher",
                 model=config.model,
             )
+        return self._given(config.model, "teacher", "teacher")
+
+    def _given(self, model: ModelConfig, role: str, name: str) -> Checkpoint:
+        """A model as its weights file has it."""
         return self._checkpoint(
             {"weights only": True},
-            role="teacher",
-            name="teacher",
-            inputs={"model": self._model_inputs(config.model)},
+            role=role,
+            name=name,
+            inputs={"model": self._model_inputs(model)},
             parents=(),
-            make=lambda work: _untrained(fresh(config.model, self.context)),  # noqa: ARG005
+            make=lambda work: _untrained(fresh(model, self.context)),  # noqa: ARG005
         )
 
     def _stage(
@@ -349,7 +355,9 @@ class Run:
         from edgekd.data.paths import find
 
         weights = file_sha256(find(model.weights, self.context.search)) if model.weights is not None else None
-        return {"model": model.model_dump(mode="json", exclude={"weights"}), "weights": weights}
+        inputs = {"model": model.model_dump(mode="json", exclude={"weights"}), "weights": weights}
+        code = code_of(model)
+        return inputs if code is None else {**inputs, "code": code}
 
     def _header(self, loaded: Loaded, command: str) -> dict[str, Any]:
         data = self.dataset
@@ -394,6 +402,27 @@ class Run:
         self.record["seconds"] = round(time.monotonic() - self.started, 1)
         self.save()
         return report.write(self.store.root)
+
+
+def _miss(check: dict[str, Any]) -> str:
+    measured = "unknown" if check["measured"] is None else f"{check['measured']:.4g}"
+    return f"{check['limit']} {measured} (allowed {check['allowed']:.4g})"
+
+
+def code_of(model: ModelConfig) -> str | None:
+    """What stands for a model's code where it is not edgekd's own: changed code makes another checkpoint.
+
+    The sha256 of all Python files of a user's module, or of its top package; a zoo's name and version.
+    """
+    if model.call is not None:
+        spec = importlib.util.find_spec(model.call.split(":")[0].split(".")[0])
+        if spec is None or spec.origin is None:
+            return None
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        return content_id({path.relative_to(origin.parent).as_posix(): file_sha256(path) for path in files})
+    zoo, colon, _ = model.name.partition(":")
+    return f"{zoo} {version(zoo)}" if colon else None
 
 
 def thin(dataset: Dataset, counts: dict[str, int]) -> Dataset:

@@ -188,9 +188,13 @@ def _check_teacher(recipe: Recipe) -> list[Problem]:
                     "add a teacher section",
                 )
             )
-        if isinstance(stage, QuantizeConfig) and stage.teacher == "teacher" and teacher is None and method is None:
+        if isinstance(stage, QuantizeConfig) and stage.teacher == "teacher" and method is None:
             problems.append(
-                Problem(("stages", number, "teacher"), "the recipe has no teacher", "add a teacher section, or remove this key")
+                Problem(
+                    ("stages", number, "teacher"),
+                    "a teacher without a method teaches nothing",
+                    "give a method, or remove this key",
+                )
             )
     if teacher is not None and teacher.train is None and teacher.model.weights is None:
         problems.append(
@@ -204,6 +208,14 @@ def _check_teacher(recipe: Recipe) -> list[Problem]:
         problems.append(
             Problem(
                 ("compare",), "student_alone needs a distill stage, whose budget it takes", "remove it, or add a distill stage"
+            )
+        )
+    elif "student_alone" in recipe.compare and not isinstance(recipe.stages[0], DistillConfig):
+        problems.append(
+            Problem(
+                ("compare",),
+                "student_alone begins with fresh weights, and the distilled student does not: distill is not the first stage",
+                "remove it, or put the distill stage first",
             )
         )
     return problems
@@ -306,7 +318,9 @@ def smoke(recipe: Recipe) -> Recipe:
         if train is None:
             return None
         accumulate = min(train.accumulate, 2)
-        return train.model_copy(update={"epochs": 1, "batch_size": SMOKE_BATCH, "accumulate": accumulate, "warmup_epochs": 0.0})
+        parts = accumulate * recipe.compute.devices
+        batch = max(1, min(SMOKE_BATCH, train.batch_size) // parts) * parts
+        return train.model_copy(update={"epochs": 1, "batch_size": batch, "accumulate": accumulate, "warmup_epochs": 0.0})
 
     stages = [stage.model_copy(update={"train": shorter(stage.train)}) for stage in recipe.stages]
     teacher = recipe.teacher

@@ -136,10 +136,11 @@ def _describe(model: Path) -> dict[str, Any]:
 
 def _images(engine: Path, batch: int) -> np.ndarray[Any, Any]:
     """The run's own images where the engine belongs to one, else random ones of the right size."""
-    found = sorted((engine.parent / "inputs").glob("bench-*.npy"))
-    if found:
-        return np.load(found[0], allow_pickle=False)
     channels, height, width = json.loads((engine / "io.json").read_text())["inputs"][0]["shape"][1:]
+    for path in sorted((engine.parent / "inputs").glob("bench-*.npy"), key=lambda path: -path.stat().st_mtime):
+        images: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+        if images.shape[1:] == (height, width, channels):
+            return images
     return np.random.default_rng(0).integers(0, 256, (max(8, batch), height, width, channels), dtype=np.uint8)
 
 

@@ -94,10 +94,13 @@ class CpuTime:
 
 
 def cpu_time(root: Path = ROOT) -> CpuTime | None:
-    """A reading to take differences of; None where there is no /proc/stat."""
+    """A reading of the cores that this process may use, to take differences of; None where there is no /proc/stat."""
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
     try:
-        fields = (root / "proc/stat").read_text().splitlines()[0].split()
-        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(value) for value in fields[1:9])
+        lines = [line.split() for line in (root / "proc/stat").read_text().splitlines()]
+        listed = [fields for fields in lines if fields and fields[0] in mine] or lines[:1]  # the first line is all cores
+        cores = [[int(value) for value in fields[1:9]] for fields in listed]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (sum(values) for values in zip(*cores, strict=True))
     except (OSError, ValueError, IndexError):
         return None
     tick = os.sysconf("SC_CLK_TCK")

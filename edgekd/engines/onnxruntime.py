@@ -117,8 +117,10 @@ class OnnxRuntime:
         settings = _settings(runtime, options, options.optimization)
         settings.optimized_model_filepath = str(out / FILE)
         settings.log_severity_level = 2
+        # A product and its bias fused to a Gemm would run in float; apart, the product runs on integers.
+        keep = ["MatMulAddFusion"] if json.loads(model.with_name("io.json").read_text()).get("precision") == "int8" else []
         with native_log(out / "build.log"):
-            _session(runtime, model, settings)
+            _session(runtime, model, settings, keep)
         return [FILE]
 
     def executed(self, folder: Path, options: OnnxRuntimeOptions) -> list[Executed]:
@@ -169,9 +171,9 @@ def _settings(runtime: Any, options: OnnxRuntimeOptions, optimization: str) -> A
     return settings
 
 
-def _session(runtime: Any, model: Path, settings: Any) -> Any:
+def _session(runtime: Any, model: Path, settings: Any, disabled: list[str] | None = None) -> Any:
     try:
-        return runtime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except _errors(runtime) as error:
         raise BuildError(
             f"onnxruntime cannot load {model}: {_line(error)}", hint="check that the file is a whole ONNX model; export it again"

@@ -36,7 +36,7 @@ def measure(module: nn.Module, file: Path, images: Tensor, task: Task) -> list[O
     """Run both on the same images.
 
     Args:
-        module: In eval mode.
+        module: In eval mode; for a file of integers the trained, fake-quantized one.
         file: The ONNX file; ONNX Runtime runs it as written, without rewriting its graph.
         images: Normalised, float32 [N, C, H, W].
         task: Says what the outputs are called and what is decided on the first.
@@ -66,7 +66,8 @@ def check(found: Sequence[OutputParity], *, max_error: float, max_changed: float
     for parity in found:
         measured = f"output {parity.output!r} on {parity.images} images: max error {parity.max_error:.2e} of its range, "
         measured += f"cosine {parity.cosine:.6f}, {parity.changed:.2%} of the decisions changed"
-        if not (parity.max_error <= max_error and parity.changed <= max_changed):  # not finite fails too
+        few = parity.changed * parity.images <= max(1.0, max_changed * parity.images)  # one image on the edge proves nothing
+        if not (parity.max_error <= max_error and few):  # not finite fails too
             raise ParityError(
                 f"the ONNX file disagrees with torch: {measured}; allowed: {max_error:.0e} and {max_changed:.2%}",
                 hint="raise export.max_error or export.max_changed only if you know why they differ",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -99,9 +100,17 @@ def encode(quantized: nn.Module, encoding: str) -> nn.Module:
         raise ExportError(f"{type(quantized).__name__} is not quantized", hint="add a quantize stage")
     model = copy.deepcopy(quantized).eval()
     for node in list(model.graph.nodes):
-        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if str(node.target).startswith("taps."):  # training is over; a tap would stand between a convolution and its batch norm
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+    calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
+    for node in list(model.graph.nodes):
+        layer = quantized.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, QuantConv2d | QuantLinear):
-            model.set_submodule(node.target, _encoded(layer, _take_norm(model, node)))
+            norm = _take_norm(model, node) if isinstance(layer, QuantConv2d) else None
+            if calls[node.target] > 1:  # each call has a batch norm of its own to take
+                node.target = f"{node.target}_{node.name}"
+            model.set_submodule(str(node.target), _encoded(layer, norm))
     if encoding == "u8":
         for part in model.modules():
             if isinstance(part, Quantizer):

@@ -95,7 +95,8 @@ class Quantizer(nn.Module):
             return values
         scale = self.scale()
         if self.training and self.log_scale.requires_grad:
-            scale = _scaled_gradient(scale, (values.numel() * self.high) ** -0.5)
+            # of one image: the gradient then is the same however a batch is shared out
+            scale = _scaled_gradient(scale, (values[0].numel() * self.high) ** -0.5)
         return fake_quantize(values.float(), scale, self.zero_point, self.low, self.high).to(values.dtype)
 
     def extra_repr(self) -> str:

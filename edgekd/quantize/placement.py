@@ -31,11 +31,13 @@ NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softmax, F.relu, F.relu6, torch
 RELUS = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 AVERAGES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean")
+DROPOUTS = (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d)
+SPLITS = (torch.chunk, torch.split, "chunk", "split")
 MOVES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle),
-    *(F.max_pool2d, F.dropout, F.channel_shuffle, F.pixel_shuffle, torch.flatten, torch.reshape, torch.permute, torch.transpose),
-    *(torch.chunk, torch.split, torch.squeeze, torch.unsqueeze, operator.getitem),
-    *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "chunk", "split", "squeeze", "unsqueeze"),
+    *(*DROPOUTS, nn.Identity, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle),
+    *(F.max_pool2d, F.channel_shuffle, F.pixel_shuffle, torch.flatten, torch.reshape, torch.permute, torch.transpose),
+    *(*SPLITS, torch.squeeze, torch.unsqueeze),
+    *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
 )
 
 
@@ -62,6 +64,19 @@ class Tracer(fx.Tracer):
         return result
 
 
+def out_of_place(graph: fx.Graph) -> None:
+    """Replace in-place operations: they would overwrite values that a quantizer needs for its gradient."""
+    methods = {"add_": "add", "relu_": "relu", "mul_": "mul", "clamp_": "clamp"}
+    functions = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+    for node in graph.nodes:
+        if node.op == "call_method":
+            node.target = methods.get(node.target, node.target)
+        elif node.op == "call_function":
+            node.target = functions.get(node.target, node.target)
+            if node.kwargs.get("inplace"):
+                node.kwargs = {**node.kwargs, "inplace": False}
+
+
 def trace(module: nn.Module, taps: Mapping[str, str]) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """The model as a graph, and the node at each tap: role -> node.
 
@@ -76,6 +91,7 @@ def trace(module: nn.Module, taps: Mapping[str, str]) -> tuple[fx.GraphModule, d
             f"{type(module).__name__} cannot be quantized: torch.fx cannot trace its forward: {error}",
             hint="write the forward without branches on tensor values, or remove the quantize stage",
         ) from error
+    out_of_place(graph)
     for role, place in taps.items():
         if place not in tracer.found:
             raise TrainingError(
@@ -115,8 +131,14 @@ class Placement:
         result = {node: self._group(node) for node in self._sources}
         # What merely moves a quantized value is quantized again where an integer operation reads it, so that the operation and
         # its input's codes stand side by side in the exported graph; the same scale makes it the identity.
+        # Not so a dropout's result: in training its values are scaled up, beyond the range that inference sees.
         for node in self.nodes:
-            if self.moves(node) and any(user in self._readers() for user in node.users) and self._group(node) in result.values():
+            if (
+                self.moves(node)
+                and not self._dropped(node)
+                and any(user in self._readers() for user in node.users)
+                and self._group(node) in result.values()
+            ):
                 result[node] = self._group(node)
         return {node: result[node] for node in self.nodes if node in result}
 
@@ -137,6 +159,9 @@ class Placement:
         if self._is(node, (nn.Upsample, F.interpolate)):
             mode = getattr(self.modules.get(str(node.target)), "mode", None) or node.kwargs.get("mode", "nearest")
             return bool(mode == "nearest")
+        if node.target is operator.getitem:  # a part of a split, or a slice of a tensor; an entry of any other tuple is new
+            source, index = node.args
+            return isinstance(source, fx.Node) and (self._is(source, SPLITS) or not isinstance(index, int | str))
         return self._is(node, MOVES) and bool(node.all_input_nodes)
 
     def concatenates(self, node: fx.Node) -> bool:
@@ -223,9 +248,21 @@ class Placement:
         concatenations = {node for node in self._sources if self.concatenates(node)}
         return self._integer | self._additions | concatenations
 
+    def _dropped(self, node: fx.Node) -> bool:
+        """Whether a moved value has gone through a dropout."""
+        while self.moves(node):
+            if self._is(node, DROPOUTS):
+                return True
+            node = node.all_input_nodes[0]
+        return False
+
     def _drop_outputs(self) -> None:
         """The model's own outputs stay in float, unless an integer operation reads them too."""
         outputs = {value for node in self.nodes if node.op == "output" for value in node.all_input_nodes}
+        for node in reversed(self.nodes):
+            if node in outputs and self.moves(node):
+                outputs.add(node.all_input_nodes[0])
         for node in list(self._sources):
-            if node in outputs and not any(user in self._readers() or self.moves(user) for user in node.users):
+            readers = self._readers()
+            if node in outputs and not any(user in readers or (self.moves(user) and user not in outputs) for user in node.users):
                 self._sources.discard(node)

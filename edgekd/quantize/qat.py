@@ -40,7 +40,7 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
         TrainingError: The model cannot be traced, has nothing to quantize, or gives other values when traced; or a pattern of
             ``skip`` matches no layer.
     """
-    model = copy.deepcopy(module).eval()
+    model = _plain(copy.deepcopy(module).eval())
     _check_skip(model, config.skip)
     traced, places = trace(model, taps)
     placement = Placement(traced, lambda path: any(fnmatchcase(path, pattern) for pattern in config.skip))
@@ -68,6 +68,20 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
     traced.recompile()
     traced.meta["config"] = config.model_dump(mode="json")
     return traced.train(module.training)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The same model in modules that the rules know: nothing in place, and timm's norm-with-activation as two modules."""
+    for path, part in list(model.named_modules()):
+        if getattr(part, "inplace", False):
+            part.inplace = False
+        activation, drop = getattr(part, "act", None), getattr(part, "drop", None)
+        if isinstance(part, nn.BatchNorm2d) and isinstance(activation, nn.Module) and isinstance(drop, nn.Module):
+            norm = nn.BatchNorm2d(part.num_features, part.eps, part.momentum, part.affine, part.track_running_stats)
+            norm.load_state_dict({name: value for name, value in part.state_dict().items() if name in norm.state_dict()})
+            between = [] if isinstance(drop, nn.Identity) else [drop]
+            model.set_submodule(path, nn.Sequential(norm, *between, activation).eval())
+    return model
 
 
 def _insert(traced: Any, node: Any, target: str) -> None:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import fx, nn
 
@@ -14,8 +15,10 @@ from edgekd.artifacts import Checkpoint
 from edgekd.data.batches import eval_batches
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import fit
+from edgekd.errors import TrainingError
 from edgekd.nn.layers import layer_table
 from edgekd.quantize import qat
+from edgekd.quantize.fake_quant import quantized_weight
 from edgekd.train.checkpoint import Loaded, build_float, load_weights, read_architecture
 from edgekd.train.optim import TrainConfig
 from edgekd.train.stage import Context, Trained
@@ -41,6 +44,24 @@ def prepare(config: QuantizeConfig, source: Loaded) -> Loaded:
     """The source model with quantizers, not yet calibrated."""
     quantized = qat.prepare(source.module, source.taps, config.quantizer, source.architecture.example())
     return _described(quantized, source)
+
+
+def rehearse(config: QuantizeConfig, source: Loaded) -> None:
+    """Go through the stage once on noise, so that a model that cannot be quantized says so before hours of training.
+
+    Raises:
+        TrainingError: It cannot be traced, calibrated or trained.
+    """
+    quantized = prepare(config, source).module
+    example = torch.randn_like(source.architecture.example())
+    try:
+        qat.calibrate(quantized, [example])
+        quantized.train()(example).sum().backward()
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # from the user's own operations between quantizers
+        raise TrainingError(
+            f"{type(source.module).__name__} cannot be quantized: {error}",
+            hint="leave the layers around that operation in float: quantizer.skip in the quantize stage",
+        ) from error
 
 
 def _described(quantized: fx.GraphModule, source: Loaded) -> Loaded:
@@ -77,6 +98,8 @@ def layers(quantized: nn.Module) -> list[dict[str, Any]]:
     rows = layer_table(quantized)
     for row in rows:
         if row["path"] in bits:
+            weight = quantized.get_parameter(f"{row['path']}.weight").detach()
+            row["sparsity"] = round(float((quantized_weight(weight) == 0).float().mean()), 6)  # of the codes
             row.update({key: bits[row["path"]][key] for key in ("weight_bits", "activation_bits")})
     return rows
 

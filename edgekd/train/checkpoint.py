@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from edgekd import models
@@ -114,6 +115,6 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
 def save(folder: Path, module: nn.Module, architecture: Architecture, history: list[dict[str, Any]]) -> None:
     """Write model.safetensors, model.json and metrics.jsonl into a draft's folder."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(serialize(tensors))  # not save_file: its errors are no OSError where the disk is full
     write_json(folder / MODEL, asdict(architecture))
     (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in history))

@@ -24,7 +24,7 @@ from torch import nn
 from edgekd.data.augment import AugmentConfig
 from edgekd.data.base import Dataset, Split
 from edgekd.data.batches import epoch_batches, eval_batches
-from edgekd.errors import TrainingError
+from edgekd.errors import ArtifactError, TrainingError
 from edgekd.nn.batch_norm import synchronize
 from edgekd.nn.taps import resolve
 from edgekd.tasks.base import Task
@@ -288,11 +288,17 @@ def _save(
         torch.save(content, buffer)
         data = buffer.getvalue()
         partial = setting.work / (STATE + ".partial")
-        with partial.open("wb") as stream:
-            stream.write(hashlib.sha256(data).digest() + data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(setting.work / STATE)
+        try:
+            with partial.open("wb") as stream:
+                stream.write(hashlib.sha256(data).digest() + data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(setting.work / STATE)
+        except OSError as error:
+            raise ArtifactError(
+                f"the training state {setting.work / STATE} cannot be written: {error}",
+                hint="free some space, and give the same command again: it goes on from the last epoch that was written",
+            ) from error
     setting.fabric.barrier()
 
 

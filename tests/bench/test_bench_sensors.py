@@ -1,5 +1,7 @@
 """Sensors read from a made-up /proc and /sys, so that the tests know the truth."""
 
+import os
+
 import pytest
 
 from edgekd.bench import host, sensors
@@ -70,6 +72,11 @@ def test_cpu_time_of_this_machine(tmp_path):
     made_up = sensors.cpu_time(tmp_path)
     ticks = 100  # per second, on every Linux that Python runs on today
     assert (made_up.busy_s, made_up.stolen_s) == ((100 + 20 + 30 + 6 + 7) / ticks, 8 / ticks)
+    mine = min(os.sched_getaffinity(0))
+    other = max(os.sched_getaffinity(0)) + 1  # a core that this process may not use is no neighbour of it
+    text = f"cpu  900 0 0 0 0 0 0 0 0 0\ncpu{mine} 50 0 0 0 0 0 0 1 0 0\ncpu{other} 850 0 0 0 0 0 0 0 0 0\n"
+    put(tmp_path, "proc/stat", text)
+    assert sensors.cpu_time(tmp_path).busy_s == 50 / ticks
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ def test_another_model_is_stopped_with_the_numbers(model, images, tmp_path):
     assert "1e-03" in str(caught.value)
 
 
+def test_one_borderline_image_of_a_small_split_does_not_stop_it():
+    parity.check([parity.OutputParity("logits", 20, max_error=0.0, cosine=1.0, changed=0.05)], max_error=0.1, max_changed=0.02)
+    with pytest.raises(ParityError):
+        parity.check([parity.OutputParity("logits", 20, max_error=0.0, cosine=1.0, changed=0.1)], max_error=0.1, max_changed=0.02)
+
+
 def test_changed_decisions_alone_stop_it():
     found = [parity.OutputParity("logits", 100, max_error=0.0, cosine=1.0, changed=0.03)]
     parity.check(found, max_error=0.1, max_changed=0.03)

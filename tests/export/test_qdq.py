@@ -89,6 +89,51 @@ def test_a_batch_norm_is_folded_whatever_its_sign(gain):
         torch.testing.assert_close(encoded.get_submodule("0")(values), expected, atol=1e-5, rtol=1e-5)
 
 
+class Shared(nn.Module):
+    """One convolution called twice, its results normed by one batch norm or by two."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(norms))
+        self.head = nn.Conv2d(3, 4, 1)
+        for index, norm in enumerate(self.norms):
+            nn.init.uniform_(norm.weight, 0.2 + index, 0.5 + index)
+            nn.init.uniform_(norm.running_mean, -1, 1)
+
+    def forward(self, x):
+        for call in range(2):
+            x = self.relu(self.norms[call % len(self.norms)](self.conv(x)))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Shared(norms=1),
+        Shared(norms=2),
+        nn.Sequential(nn.Linear(8, 8), nn.BatchNorm2d(3), nn.ReLU(), nn.Linear(8, 4)),
+    ],
+    ids=["conv and norm called twice", "two norms", "a norm behind a linear layer"],
+)
+def test_a_layer_that_is_called_twice_keeps_its_values(model):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 8, 8)
+    quantized = qat.prepare(model.eval(), {}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    with torch.no_grad():
+        expected, received = quantized.eval()(images), encode(quantized, "s8")(images)
+    assert float((expected - received).abs().max() / expected.abs().max()) < 0.02
+
+
+def test_a_tap_between_a_convolution_and_its_norm_does_not_keep_them_apart():
+    torch.manual_seed(0)
+    images = torch.randn(4, 2, 8, 8)
+    quantized = qat.prepare(convolution_with_norm([1.0, 0.5, 2.0]), {"raw": "0"}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in encode(quantized, "s8").modules())
+
+
 def test_the_model_itself_is_left_alone(twin):
     made = twin("resnet8")
     before = {name: value.clone() for name, value in made.quantized.state_dict().items()}

@@ -82,9 +82,23 @@ def test_the_gradient_of_a_learned_scale_does_not_grow_with_the_number_of_values
         quantizer = Quantizer(signed=True, learned=True)
         with torch.no_grad():
             quantizer.log_scale.fill_(math.log(0.02))
-        quantizer(torch.full((size,), 0.033)).sum().backward()
+        quantizer(torch.full((1, size), 0.033)).sum().backward()
         gradients.append(float(quantizer.log_scale.grad))
     assert gradients[1] / gradients[0] == pytest.approx(math.sqrt(sizes[1] / sizes[0]), rel=1e-4)  # and not 100
+
+
+def test_the_gradient_of_a_learned_scale_is_the_same_however_a_batch_is_shared_out():
+    torch.manual_seed(3)
+    images = torch.randn(8, 3, 4, 4)
+    gradients = []
+    for parts in (1, 2, 8):
+        quantizer = Quantizer(signed=True, learned=True)
+        with torch.no_grad():
+            quantizer.log_scale.fill_(math.log(0.02))
+        for part in images.chunk(parts):
+            (quantizer(part).square().sum() / len(images)).backward()
+        gradients.append(float(quantizer.log_scale.grad))
+    assert gradients == pytest.approx([gradients[0]] * 3, rel=1e-4)
 
 
 def test_a_step_never_becomes_zero_or_negative():

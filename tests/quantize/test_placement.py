@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import TrainingError
-from edgekd.quantize.qat import QuantizerConfig, named_quantizers, prepare
+from edgekd.quantize.qat import QuantizerConfig, calibrate, named_quantizers, prepare
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 
@@ -103,7 +103,6 @@ def test_a_concatenation_shares_one_quantizer():
         lambda x: nn.functional.interpolate(x, scale_factor=2, mode="nearest"),
         lambda x: x.permute(0, 1, 3, 2),
         lambda x: x.chunk(2, 2)[1],
-        lambda x: nn.functional.dropout(x, training=False),
     ],
 )
 def test_what_moves_values_shares_their_quantizer(move):
@@ -111,6 +110,82 @@ def test_what_moves_values_shares_their_quantizer(move):
     quantized, _ = calls(model)
     assert set(named_quantizers(quantized)) == {"x", "relu"}
     assert reads_quantized(quantized, "head")
+
+
+def test_a_dropout_s_result_is_not_cut_off_in_training():
+    """Its values are scaled up by 1 / (1 - p), beyond the range that the shared quantizer was calibrated for."""
+    model = Model(
+        lambda self, x: self.fc(self.drop(self.relu(x)).flatten(1)), relu=nn.ReLU(), drop=nn.Dropout(0.5), fc=nn.Linear(192, 4)
+    )
+    quantized, _ = calls(model)
+    images = torch.rand(64, 3, 8, 8)
+    calibrate(quantized, [images])
+    seen = []
+    quantized.fc.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    torch.manual_seed(0)
+    quantized.train()(images)
+    assert float(seen[0].detach().mean()) == pytest.approx(0.5, abs=0.02)
+    assert reads_quantized(quantized, "drop")
+
+
+def test_an_entry_of_a_tuple_is_a_value_of_its_own():
+    """A quantizer cannot stand at the tuple."""
+    model = Model(lambda self, x: self.fc(x.max(2)[0].flatten(1)), fc=nn.Linear(24, 4))
+    quantized, _ = calls(model)
+    calibrate(quantized, [torch.randn(4, 3, 8, 8)])
+    assert set(named_quantizers(quantized)) == {"getitem"}
+
+
+def test_a_slice_of_a_tensor_shares_its_quantizer():
+    model = Model(lambda self, x: self.head(self.relu(self.stem(x))[:, :, 1:]), stem=conv(3), head=conv(), relu=nn.ReLU())
+    quantized, _ = calls(model)
+    assert set(named_quantizers(quantized)) == {"x", "relu"}
+    assert reads_quantized(quantized, "head")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.last(self.first(x).add_(x.repeat(1, 3, 1, 1)[:, :8])),
+        lambda self, x: self.last(self.first(x).relu_()),
+        lambda self, x: self.last(nn.functional.relu(self.first(x), inplace=True) + self.first(x)),
+        lambda self, x: self.last(self.relu(self.norm(self.first(x)))),
+    ],
+)
+def test_operations_in_place_do_not_break_training(forward):
+    model = Model(forward, first=conv(3), last=conv(), relu=nn.ReLU(inplace=True), norm=nn.BatchNorm2d(8))
+    quantized, _ = calls(model)
+    images = torch.randn(4, 3, 8, 8)
+    calibrate(quantized, [images])
+    quantized.train()(images).square().mean().backward()
+    assert quantized.first.weight.grad.abs().sum() > 0
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm writes a norm with its activation."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_a_norm_with_an_activation_is_one_with_its_convolution():
+    model = Model(lambda self, x: self.last(self.norm(self.first(x))), first=conv(3), last=conv(), norm=NormAct(8))
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2)
+        model.norm.running_mean.uniform_(-1, 1)
+    quantized, _ = calls(model)
+    (name,) = set(named_quantizers(quantized)) - {"x"}
+    assert not named_quantizers(quantized)[name].signed  # behind the activation
+    assert torch.equal(quantized.norm.get_submodule("0").weight, model.norm.weight)
+
+
+def test_what_only_moves_before_the_output_leaves_it_in_float():
+    model = Model(lambda self, x: self.last(self.first(x)).flatten(1), first=conv(3), last=conv())
+    assert set(named_quantizers(calls(model)[0])) == {"x", "first"}
 
 
 def test_bilinear_upsampling_makes_new_values():
