@@ -1,6 +1,12 @@
-"""What a run says of engines that compression did not make faster."""
+"""What a run says of engines that compression did not make faster, and of budgets."""
 
-from edgekd.deployment import slower_than_float
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from edgekd.deployment import check_budget, slower_than_float
+from edgekd.recipe import BudgetConfig
 
 FLOAT = {"backend_name": "openvino", "role": "student", "precision": "float32"}
 INT8 = {"backend_name": "openvino", "role": "student", "precision": "int8"}
@@ -23,3 +29,57 @@ def test_faster_or_no_difference_is_none():
 
 def test_without_its_twin_nothing_is_said():
     assert slower_than_float([INT8, TEACHER], [ratio(1, "slower")]) == []
+
+
+@pytest.fixture
+def budget(tmp_path):
+    """Call with limits and cells, each (backend, latency, MiB of memory, valid): the budget's outcome."""
+
+    def check(limits, *cells):
+        record = {"models": [], "cells": []}
+        for number, (backend, latency_ms, memory_mib, valid) in enumerate(cells):
+            folder = tmp_path / f"bench{number}"
+            folder.mkdir()
+            content = {"p50": latency_ms}, memory_mib, valid
+            (folder / "record.json").write_text(
+                json.dumps(
+                    {
+                        "latency_ms": content[0],
+                        "peak_memory_mib": content[1],
+                        "valid": content[2],
+                        "size_bytes": 2**20,
+                        "metric": {"value": 0.9},
+                    }
+                )
+            )
+            cell = {"role": "student", "status": "measured", "backend_name": backend, "bench": folder.name}
+            record["cells"].append(cell)
+        return check_budget(SimpleNamespace(budget=BudgetConfig(**limits)), record, tmp_path)
+
+    return check
+
+
+def test_a_budget_is_met_by_one_engine_within_all_limits(budget):
+    found = budget({"latency_ms": 5.0, "memory_mib": 60}, ("openvino", 4.0, 90.0, True), ("onnxruntime", 4.5, 50.0, True))
+    assert found["ok"]
+    assert {check["cell"] for check in found["checks"]} == {1}
+
+
+def test_the_null_engine_meets_no_budget(budget):
+    found = budget({"latency_ms": 5.0}, ("null", 0.001, 10.0, True), ("onnxruntime", 9.0, 50.0, True))
+    assert not found["ok"]
+    assert found["checks"][0]["measured"] == 9.0
+
+
+def test_a_disturbed_measurement_meets_no_latency_but_other_limits(budget):
+    assert not budget({"latency_ms": 5.0}, ("onnxruntime", 4.0, 50.0, False))["ok"]
+
+
+def test_memory_that_cannot_be_read_meets_no_limit(budget):
+    found = budget({"memory_mib": 100}, ("onnxruntime", 4.0, None, True))
+    assert not found["ok"]
+    assert found["checks"][0]["measured"] is None
+
+
+def test_a_size_is_what_it_is_even_where_the_machine_was_disturbed(budget):
+    assert budget({"size_mib": 2.0}, ("onnxruntime", 4.0, 50.0, False))["ok"]

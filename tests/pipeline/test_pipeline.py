@@ -9,11 +9,21 @@ from safetensors.numpy import load_file
 
 from edgekd.artifacts import read_artifact
 from edgekd.errors import ArtifactError, BudgetExceeded, EdgekdError, TrainingError
-from edgekd.pipeline import _locked
+from edgekd.models.config import ModelConfig
+from edgekd.pipeline import _locked, code_of
 
 
 def names(folder):
     return [path.name.split("-")[1] for path in sorted(folder.glob("[0-9]*"))]
+
+
+def mark(folder, *, valid):
+    """Say of every measurement of a run that it was disturbed, or that it was not."""
+    for manifest in folder.glob("*/artifact.json"):
+        data = json.loads(manifest.read_text())
+        if "valid" in data["metrics"]:
+            data["metrics"]["valid"] = valid
+            manifest.write_text(json.dumps(data))
 
 
 def cells(outcome):
@@ -64,6 +74,7 @@ def test_student_alone_starts_from_the_same_weights_and_has_the_same_budget(fini
 
 def test_a_second_run_computes_nothing(tiny, run):
     first, _ = run(tiny)
+    mark(first.folder, valid=True)  # whatever else this machine does: a disturbed measurement would be made again
     before = {path: path.stat().st_mtime_ns for path in first.folder.glob("[0-9]*/*")}
     start = time.monotonic()
     second, recorder = run(tiny)
@@ -165,7 +176,7 @@ def test_parity_that_fails_stops_the_engines_that_need_the_file(tiny, run):
 
 def test_a_missed_budget_leaves_a_report(tiny, run, tmp_path):
     tiny["stages"] = tiny["stages"][:1]
-    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32"]}]
+    tiny["deploy"] = [{"backend": {"name": "onnxruntime"}, "precision": ["float32"]}]
     tiny["budget"] = {"accuracy_drop": 0.0, "memory_mib": 0.5}
     with pytest.raises(BudgetExceeded, match="memory_mib"):
         run(tiny)
@@ -243,3 +254,61 @@ def test_a_users_own_model_and_data(tmp_path, run, monkeypatch):
     )
     assert [engine["status"] for engine in outcome.report["engines"]] == ["measured", "measured"]
     assert min(engine["metric"]["value"] for engine in outcome.report["engines"]) > 0.9
+
+
+def test_a_student_with_weights_has_its_float_twin_without_training(tiny, run, tmp_path):
+    """The float engine that the recipe asks for is the weights' own."""
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = []
+    first, _ = run(tiny)
+    weights = next(first.folder.glob("*-distill-*")) / "model.safetensors"
+    del tiny["teacher"], tiny["compare"]
+    tiny["student"]["model"]["weights"] = str(weights)
+    tiny["stages"] = [{"kind": "quantize", "train": {"epochs": 1, "batch_size": 100, "lr": 0.01}}]
+    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32", "int8"]}]
+    outcome, _ = run(tiny, out=tmp_path / "given")
+    assert [engine["precision"] for engine in outcome.report["engines"]] == ["float32", "int8"]
+    kept = load_file(next(outcome.folder.glob("*-weights-*")) / "model.safetensors")
+    assert all((kept[name] == value).all() for name, value in load_file(weights).items())
+
+
+def test_changed_code_of_a_users_model_is_another_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "net_one.py").write_text("def build(**_): ...\n")
+    package = tmp_path / "net_pack"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text("A = 1\n")
+    one = ModelConfig(name="callable", call="net_one:build")
+    pack = ModelConfig(name="callable", call="net_pack.models:build")
+    before = code_of(one), code_of(pack)
+    assert None not in before
+    assert (code_of(one), code_of(pack)) == before
+    (tmp_path / "net_one.py").write_text("def build(**_): pass\n")
+    (package / "parts.py").write_text("A = 2\n")
+    assert code_of(one) != before[0]
+    assert code_of(pack) != before[1]
+    assert code_of(ModelConfig(name="resnet8")) is None
+
+
+def test_a_disturbed_measurement_is_made_again(tiny, run):
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32"]}]
+    first, _ = run(tiny)
+    mark(first.folder, valid=False)
+    (before,) = (path.read_text() for path in first.folder.glob("*-bench-*/record.json"))
+    second, _ = run(tiny)
+    (after,) = (path.read_text() for path in second.folder.glob("*-bench-*/record.json"))
+    assert after != before
+
+
+def test_images_for_engines_are_written_again_where_they_are_damaged(tiny, run):
+    tiny["stages"] = tiny["stages"][:1]
+    tiny["deploy"] = [{"backend": {"name": "null"}, "precision": ["float32"]}]
+    first, _ = run(tiny)
+    (images,) = first.folder.glob("inputs/predict-*.npy")
+    whole = images.read_bytes()
+    images.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    tiny["deploy"][0]["batch"] = 2
+    run(tiny)
+    assert images.read_bytes() == whole
