@@ -21,12 +21,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     recipe = parser.parse_args().recipe
-    run = ROOT / "runs" / recipe.stem
-    done = subprocess.run([sys.executable, "-m", "edgekd", "compress", str(recipe), "--out", str(run)], check=False)
+    run = Path("runs") / recipe.stem  # relative: the report shows the command, and is published
+    done = subprocess.run([sys.executable, "-m", "edgekd", "compress", str(recipe), "--out", str(run)], check=False, cwd=ROOT)
     if done.returncode not in (0, 3):  # over budget is a result too
         raise SystemExit(f"{recipe} failed with exit code {done.returncode}")
     result = RESULTS / f"{recipe.stem}.json"
-    result.write_text(json.dumps(collect(run)))
+    result.write_text(json.dumps(collect(ROOT / run)).replace(f"{ROOT}/", ""))  # where this checkout lies is nobody's business
     print(f"wrote {result.relative_to(ROOT)}")
 
 
