@@ -33,6 +33,8 @@ from edgekd.tasks.base import Task
 
 EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxslim")
 BENCH_IMAGES = 64
+MATTERS = 0.98
+"""An int8 engine that is slower by less than this is as fast for all that anyone cares, however surely it was measured."""
 
 
 class Deployment:
@@ -323,7 +325,10 @@ def slower_than_float(cells: list[dict[str, Any]], ratios: list[dict[str, Any]])
         f"{cell['backend_name']} int8: slower than its float32 twin: {ratio['speedup']:.2f} times its speed "
         f"[{ratio['interval'][0]:.2f}, {ratio['interval'][1]:.2f}]; its layers are too small for int8 to pay here"
         for ratio in ratios
-        if ratio["verdict"] == "slower" and (cell := cells[ratio["engine"]])["precision"] == "int8"
+        if ratio["verdict"] == "slower"
+        and ratio["interval"][1] < MATTERS
+        and (cell := cells[ratio["engine"]])["precision"] == "int8"
+        and cell["backend_name"] != "null"
     ]
 
 

@@ -298,7 +298,12 @@ def test_control_c_in_a_real_process(tmp_path):
     )
     command = [sys.executable, "-m", "edgekd", "compress", "small.yaml", "--out", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what it starts in the background ignore Ctrl-C
+
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed, **pipes) as process:
         lines = []
         for line in process.stderr:
             lines.append(line)

@@ -22,6 +22,10 @@ def test_an_int8_engine_slower_than_its_twin_is_a_failure_with_the_numbers():
     assert line.startswith("openvino int8: slower than its float32 twin: 0.80 times its speed [0.78, 0.82]")
 
 
+def test_a_difference_that_does_not_matter_is_none():
+    assert slower_than_float([FLOAT, INT8], [{**ratio(1, "slower"), "speedup": 0.99, "interval": [0.989, 0.991]}]) == []
+
+
 def test_faster_or_no_difference_is_none():
     assert slower_than_float([FLOAT, INT8], [ratio(1, "faster")]) == []
     assert slower_than_float([FLOAT, INT8], [ratio(1, "no difference")]) == []
