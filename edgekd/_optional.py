@@ -10,6 +10,7 @@ from edgekd.errors import MissingDependency
 INSTALL = {
     "onnxruntime": "pip install onnxruntime",
     "openvino": "pip install 'edgekd[openvino]'",
+    "pycuda.driver": "pip install 'edgekd[tensorrt]'",
     "tensorrt": "pip install 'edgekd[tensorrt]'",
     "tensorrt_rtx": "pip install 'edgekd[tensorrt-rtx]'",
     "timm": "pip install 'edgekd[zoo]'",

@@ -124,7 +124,7 @@ def test_backends(run):
     code, out, err = run("backends", "--json")
     assert (code, err) == (0, "")
     rows = {row["name"]: row for row in json.loads(out)}
-    assert list(rows) == ["onnxruntime", "openvino", "tensorrt_rtx", "null"]
+    assert list(rows) == ["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "null"]
     for row in rows.values():
         assert set(row) == {"name", "available", "version", "reason", "install", "precisions"}
         assert bool(row["version"]) == row["available"]
@@ -152,7 +152,7 @@ def test_doctor(run):
     facts = json.loads(out)
     assert facts["cpu"]["cores_usable"] >= 1
     assert "INT8" in facts["advice"][0]
-    assert set(facts["backends"]) == {"onnxruntime", "openvino", "tensorrt_rtx", "null"}
+    assert set(facts["backends"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "null"}
     code, out, _ = run("doctor")
     assert code == 0
     assert out.startswith("CPU  ")

@@ -67,5 +67,5 @@ def test_lines_show_everything():
 def test_this_machine():
     found = json.loads(json.dumps(doctor.inspect()))
     assert found["advice"][0].startswith("INT8: ")
-    assert set(found["backends"]) == {"onnxruntime", "openvino", "tensorrt_rtx", "null"}
+    assert set(found["backends"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "null"}
     assert len(doctor.lines(found)) >= 9

@@ -11,7 +11,21 @@ import edgekd
 from edgekd.bench.stats import percentile, ratio_of_medians
 
 ROOT = Path(edgekd.__file__).parents[1]
-HEAVY = {"torch", "pydantic", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "numpy", "ruamel", "plotly", "jinja2", "sklearn"}
+HEAVY = {
+    "torch",
+    "pydantic",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "pycuda",
+    "tensorrt_rtx",
+    "numpy",
+    "ruamel",
+    "plotly",
+    "jinja2",
+    "sklearn",
+}
 
 
 def imported(*arguments):

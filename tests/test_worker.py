@@ -142,7 +142,7 @@ for name in ("torch", "pydantic"):
     sys.modules[name] = None
 import edgekd.worker, edgekd.targets, edgekd.doctor, edgekd.bench.compare
 loaded = {name.partition(".")[0] for name in sys.modules}
-assert not loaded & {"onnxruntime", "openvino", "tensorrt_rtx", "onnx", "psutil", "pynvml"}, loaded
+assert not loaded & {"onnxruntime", "openvino", "tensorrt", "pycuda", "tensorrt_rtx", "onnx", "psutil", "pynvml"}, loaded
 assert "numpy" in loaded
 """
     root = str(Path(edgekd.__file__).parents[1])

@@ -50,7 +50,7 @@ def bench(job: BenchJob) -> dict[str, Any]:
         gc.disable()  # a collection in the middle of a sample is Python's time, not the engine's
         try:
             before, cpu_before, energy_before = sensors.read(), sensors.cpu_time(), meter.counters_uj()
-            samples_ns, steady_s = _steady(session, pool, job)
+            samples_ns, device_ns, steady_s = _steady(session, pool, job)
             energy_after, cpu_after, after = meter.counters_uj(), sensors.cpu_time(), sensors.read()
         finally:
             gc.enable()
@@ -75,6 +75,8 @@ def bench(job: BenchJob) -> dict[str, Any]:
         "warmup": {"runs": warmup_runs, "seconds": warmup_s},
         "samples_ns": samples_ns,
         "latency_ms": stats.summarize(samples_ns),
+        "device_samples_ns": device_ns,
+        "device_ms": stats.summarize(device_ns) if device_ns else None,
         "peak_memory_mib": host.rss_mib("VmHWM"),
         "engine_memory_mib": None if base_mib is None or now_mib is None else now_mib - base_mib,
         "size_bytes": info.size_bytes,
@@ -165,14 +167,18 @@ def warm_up(session: Session, pool: list[dict[str, Array]], seconds: float) -> t
     return runs, time.perf_counter() - start
 
 
-def _steady(session: Session, pool: list[dict[str, Array]], job: BenchJob) -> tuple[list[int], float]:
+def _steady(session: Session, pool: list[dict[str, Array]], job: BenchJob) -> tuple[list[int], list[int], float]:
+    """Nanoseconds per inference, those of the device alone (empty where the library does not tell), and seconds in all."""
     samples_ns: list[int] = []
+    device_ns: list[int] = []
     start = time.perf_counter()
     while len(samples_ns) < job.max_samples and (
         len(samples_ns) < job.min_samples or time.perf_counter() - start < job.duration_s
     ):
         samples_ns.append(timed(session, pool[len(samples_ns) % len(pool)]))
-    return samples_ns, time.perf_counter() - start
+        if session.device_ns is not None:
+            device_ns.append(session.device_ns)
+    return samples_ns, device_ns, time.perf_counter() - start
 
 
 def pool_key(io: Io) -> str:

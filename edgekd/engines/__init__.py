@@ -19,6 +19,7 @@ from edgekd.engines.base import Availability, Backend, Io, Session, TensorSpec, 
 from edgekd.engines.null import Null, NullOptions
 from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions
 from edgekd.engines.openvino import OpenVino, OpenVinoOptions
+from edgekd.engines.tensorrt import TensorRt, TensorRtOptions
 from edgekd.engines.tensorrt_rtx import TensorRtRtx, TensorRtRtxOptions
 from edgekd.errors import BuildError, nearest
 
@@ -42,17 +43,19 @@ __all__ = [
     "read_io",
 ]
 
-BackendOptions = OnnxRuntimeOptions | OpenVinoOptions | TensorRtRtxOptions | NullOptions
+BackendOptions = OnnxRuntimeOptions | OpenVinoOptions | TensorRtOptions | TensorRtRtxOptions | NullOptions
 
 BACKENDS: dict[str, Backend] = {
     "onnxruntime": OnnxRuntime(),
     "openvino": OpenVino(),
+    "tensorrt": TensorRt(),
     "tensorrt_rtx": TensorRtRtx(),
     "null": Null(),
 }
 OPTIONS: dict[str, type[BackendOptions]] = {
     "onnxruntime": OnnxRuntimeOptions,
     "openvino": OpenVinoOptions,
+    "tensorrt": TensorRtOptions,
     "tensorrt_rtx": TensorRtRtxOptions,
     "null": NullOptions,
 }

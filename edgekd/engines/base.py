@@ -90,6 +90,8 @@ class Session(Protocol):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    device_ns: int | None
+    """Time of the last inference on the device alone, nanoseconds, where the library tells."""
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once: input name to array, output name to array (the caller's to keep).

@@ -42,7 +42,7 @@ def cpu(root: Path = Path("/")) -> dict[str, Any]:
 
 def has_nvidia_driver(root: Path = Path("/")) -> bool:
     """Whether a driver for an NVIDIA GPU is loaded; /dev/dxg is the one of Windows' Linux subsystem."""
-    return any((root / path).exists() for path in ("dev/nvidiactl", "dev/dxg", "dev/nvhost-gpu"))
+    return any((root / path).exists() for path in ("dev/nvidiactl", "dev/dxg", "dev/nvhost-gpu", "dev/nvgpu"))
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:

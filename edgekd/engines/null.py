@@ -41,6 +41,8 @@ class NullOptions:
 class NullSession:
     """Zeros of the shapes in io.json."""
 
+    device_ns: int | None = None
+
     def __init__(self, io: Io) -> None:
         self.inputs, self.outputs = io.inputs, io.outputs
 

@@ -70,6 +70,8 @@ class OnnxRuntimeOptions:
 class OnnxRuntimeSession:
     """An optimized graph, loaded."""
 
+    device_ns: int | None = None
+
     def __init__(self, runtime: Any, inner: Any) -> None:
         self._errors = _errors(runtime)
         self._inner = inner

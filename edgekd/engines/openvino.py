@@ -63,6 +63,8 @@ class OpenVinoOptions:
 class OpenVinoSession:
     """A compiled model with one request."""
 
+    device_ns: int | None = None
+
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._request = compiled.create_infer_request()

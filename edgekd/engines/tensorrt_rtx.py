@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from edgekd._optional import require
-from edgekd.engines import hardware
+from edgekd.engines import _trt, hardware
 from edgekd.engines.base import (
-    DYNAMIC,
     Availability,
     Executed,
     Session,
@@ -24,10 +23,7 @@ from edgekd.engines.base import (
 )
 from edgekd.errors import BuildError, MissingDependency
 
-FILE = "engine.trt"
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "current")
-_UINT8_AS_INT8 = "Defaulting to INT8 instead"
-"""What the parser's warning says where it silently changes a graph's meaning."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +90,16 @@ class TensorRtRtx:
                 "not built: compute capability 'current' needs an NVIDIA GPU, and there is none here",
                 hint=f"name the GPUs to build for: {', '.join(CAPABILITIES[:-1])}",
             )
-        log: list[tuple[str, str]] = []
-        try:
-            data = _build(trt, model, options, log)
-        finally:
-            (out / "build.log").write_text("".join(f"{severity}: {text}\n" for severity, text in log))
-        if data is None:
-            errors = [text for severity, text in log if severity in ("ERROR", "INTERNAL_ERROR")]
-            names = ", ".join(options.compute_capabilities)
-            raise BuildError(
-                f"tensorrt_rtx cannot build {model} for {names}: {errors[-1] if errors else 'it gives no reason'}",
-                hint="see build.log; another precision or compute capability may work",
-            )
-        (out / FILE).write_bytes(data)
-        return [FILE]
+        with _trt.Build(trt, self.name, model, out) as build:
+            build.parse()
+            build.config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+            build.config.num_compute_capabilities = len(options.compute_capabilities)
+            for index, name in enumerate(options.compute_capabilities):
+                build.config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+            build.set_batch(options.opt_batch, options.max_batch)
+            data = build.serialize(", ".join(options.compute_capabilities), " or compute capability")
+        (out / _trt.FILE).write_bytes(data)
+        return [_trt.FILE]
 
     def executed(self, _folder: Path, _options: TensorRtRtxOptions) -> list[Executed]:
         """Say why it cannot be inspected: the library reads an engine on its GPU only."""
@@ -115,66 +107,8 @@ class TensorRtRtx:
 
     def open(self, folder: Path, _options: TensorRtRtxOptions) -> Session:
         """Say why it cannot be run."""
-        if not (folder / FILE).is_file():
-            raise BuildError(f"{folder / FILE} does not exist", hint="build the engine again")
+        if not (folder / _trt.FILE).is_file():
+            raise BuildError(f"{folder / _trt.FILE} does not exist", hint="build the engine again")
         if not hardware.has_nvidia_driver():
-            raise WrongMachineError("built, not run: no NVIDIA GPU here", hint=f"copy {FILE} to a machine with a GPU")
+            raise WrongMachineError("built, not run: no NVIDIA GPU here", hint=f"copy {_trt.FILE} to a machine with a GPU")
         raise WrongMachineError("built, not run: this version of edgekd builds TensorRT-RTX engines and does not run them")
-
-
-def _logger(trt: Any, log: list[tuple[str, str]]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the base comes with the module
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity != trt.ILogger.Severity.VERBOSE:  # thousands of lines
-                log.append((severity.name, " ".join(text.split())))
-
-    return Logger()
-
-
-def _build(trt: Any, model: Path, options: TensorRtRtxOptions, log: list[tuple[str, str]]) -> bytes | None:
-    logger = _logger(trt, log)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model)):
-        raise BuildError(
-            f"tensorrt_rtx cannot read {model}: {_parser_errors(parser)}",
-            hint="check that the file is a whole ONNX model, and that this operator and its quantization are supported",
-        )
-    if any(_UINT8_AS_INT8 in text for _severity, text in log):
-        raise BuildError(
-            f"{model} has activations in uint8, which tensorrt_rtx would read as int8: codes above 127 would be cut off",
-            hint="write the graph with signed activations (int8, zero point 0) for this backend",
-        )
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    config.num_compute_capabilities = len(options.compute_capabilities)
-    for index, name in enumerate(options.compute_capabilities):
-        config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
-    profile, free = builder.create_optimization_profile(), False
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = tuple(tensor.shape)
-        if DYNAMIC in shape[1:]:
-            raise BuildError(
-                f"input {tensor.name} has shape {list(shape)}; only the batch may be free", hint="export fixed sizes"
-            )
-        if shape[0] == DYNAMIC:
-            free = True
-            profile.set_shape(tensor.name, *((batch, *shape[1:]) for batch in (1, options.opt_batch, options.max_batch)))
-    if free:
-        config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    return None if plan is None else bytes(plan)
-
-
-def _parser_errors(parser: Any) -> str:
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return "; ".join(
-        (f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else "")
-        + " ".join(error.desc().split())
-        for error in errors
-    )

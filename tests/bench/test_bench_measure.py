@@ -66,6 +66,8 @@ def test_bench_record(engine, inputs, slow):
     assert list(record) == [
         *("backend", "precision", "batch", "threads", "load_ms", "first_ms", "warmup", "samples_ns", "latency_ms"),
         *(
+            "device_samples_ns",
+            "device_ms",
             "peak_memory_mib",
             "engine_memory_mib",
             "size_bytes",
@@ -77,6 +79,7 @@ def test_bench_record(engine, inputs, slow):
             "host",
         ),
     ]
+    assert (record["device_samples_ns"], record["device_ms"]) == ([], None)  # this library does not tell
     assert (record["backend"], record["precision"], record["batch"], record["threads"]) == ("null", "float32", 2, 1)
     assert min(record["samples_ns"]) >= 2_000_000
     assert record["latency_ms"]["p50"] == sorted(record["samples_ns"])[(len(record["samples_ns"]) + 1) // 2 - 1] / 1e6

@@ -1,8 +1,16 @@
 """Engines for GPUs, built ahead of time on a machine that needs none."""
 
-import pytest
+import json
+import subprocess
+import sys
 
-from edgekd.engines import WrongMachineError, backend, build_engine, hardware
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekd import jobs
+from edgekd.engines import WrongMachineError, backend, build_engine, hardware, options_dict
 from edgekd.engines.tensorrt_rtx import TensorRtRtxOptions
 from edgekd.errors import BuildError
 
@@ -62,10 +70,6 @@ def test_a_parser_error_names_node_and_operator(tmp_path, int8_model):
 
 def test_unsigned_activations_are_not_read_as_signed(tmp_path, int8_model):
     """TensorRT-RTX reads uint8 with zero point 0 as int8 and only warns; every code above 127 would be cut off."""
-    import numpy as np
-    import onnx
-    from onnx import numpy_helper
-
     model = onnx.load(int8_model.path)
     for tensor in model.graph.initializer:
         if tensor.name == "input.zero":
@@ -81,3 +85,111 @@ def test_current_needs_a_gpu(tmp_path, float_model):
     with pytest.raises(WrongMachineError, match="needs an NVIDIA GPU") as caught:
         build_engine(float_model.path, TensorRtRtxOptions(compute_capabilities=("current",)), "float32", tmp_path)
     assert "SM89" in caught.value.hint
+
+
+def graph(folder, nodes, constants=(), dtype=TensorProto.FLOAT, rows=()):
+    """A model of these nodes from ``images`` [b, 16, 16, 16] to ``y``."""
+    images = helper.make_tensor_value_info("images", dtype, ["b", 16, 16, 16])
+    y = helper.make_tensor_value_info("y", dtype, ["b", "c", "h", "w"])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("my.ops", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "net", [images], [y], constants), opset_imports=opsets, ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    spec = {"name": "x", "dtype": "float32", "shape": [-1, 16, 16, 16]}
+    (folder / "io.json").write_text(json.dumps({"inputs": [spec], "outputs": [spec], "preprocessing": {}}))
+    if rows:
+        (folder / "layers.json").write_text(json.dumps(rows))
+    (folder / "out").mkdir()
+    return folder / "model.onnx", folder / "out"
+
+
+def test_an_operator_that_the_library_lacks_is_named(tmp_path):
+    nodes = [helper.make_node("MaxUnpool", ["images", "images"], ["y"], name="/up/MaxUnpool", kernel_shape=[2, 2])]
+    model, out = graph(tmp_path, nodes)
+    with pytest.raises(BuildError) as caught:
+        build_engine(model, TensorRtRtxOptions(), "float32", out)
+    assert caught.value.message.endswith("node '/up/MaxUnpool' (MaxUnpool): the library has no operator MaxUnpool")
+    assert caught.value.hint.startswith("replace MaxUnpool in the model, or choose another backend")
+
+
+def test_an_operator_of_ones_own_is_named(tmp_path):
+    model, out = graph(tmp_path, [helper.make_node("FancyOp", ["images"], ["y"], name="/up/Fancy", domain="my.ops")])
+    with pytest.raises(BuildError, match=r"node '/up/Fancy' \(FancyOp\): the library has no operator FancyOp"):
+        build_engine(model, TensorRtRtxOptions(), "float32", out)
+
+
+def test_types_that_do_not_go_together_are_named_with_the_module(tmp_path):
+    half = numpy_helper.from_array(np.float16(1), "half")
+    row = {"node": "/mix/Add", "path": "mix", "outputs": ["y"], "op": "Add", "macs": 1, "asked": "float32"}
+    model, out = graph(tmp_path, [helper.make_node("Add", ["images", "half"], ["y"], name="/mix/Add")], [half], rows=[row])
+    with pytest.raises(BuildError, match=r"node '/mix/Add' \(module mix\) \(Add\): .*same input types.*Float and Half") as caught:
+        build_engine(model, TensorRtRtxOptions(), "float32", out)
+    assert "_src" not in caught.value.message
+    assert "quantizer.skip" in caught.value.hint
+
+
+def test_a_matrix_product_on_turing_is_named_with_its_module(tmp_path):
+    weight = numpy_helper.from_array(np.ones((16, 16), np.float32), "head.weight")
+    row = {"node": "/head/MatMul", "path": "head.1", "outputs": ["y"], "op": "MatMul", "macs": 1, "asked": "float32"}
+    nodes = [helper.make_node("MatMul", ["images", "head.weight"], ["y"], name="/head/MatMul")]
+    model, out = graph(tmp_path, nodes, [weight], rows=[row])
+    with pytest.raises(
+        BuildError, match=r"for SM75 at '/head/MatMul' \(module head\.1\): .*FP32 GEMM is not supported"
+    ) as caught:
+        backend("tensorrt_rtx").build(model, TensorRtRtxOptions(compute_capabilities=("SM75",)), out)
+    assert caught.value.hint.startswith("try another precision or compute capability, or keep head.1 in float through quantizer")
+    assert "pass.cpp" not in caught.value.message
+
+
+def test_a_type_that_a_gpu_lacks_leads_to_the_layers_that_have_it(tmp_path):
+    """The library's message names the type and the GPU alone."""
+    codes = helper.make_tensor("codes", TensorProto.INT4, (16, 16, 3, 3), np.zeros(16 * 16 * 9, np.int8).tolist())
+    scale = numpy_helper.from_array(np.full(16, 0.1, np.float32), "scale")
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"], axis=0, name="/stem/weight/dequantize"),
+        helper.make_node("Conv", ["images", "w"], ["y"], pads=[1] * 4, name="/stem/Conv"),
+    ]
+    model, out = graph(tmp_path, nodes, [codes, scale])
+    with pytest.raises(BuildError, match=r"for SM75 at .*'/stem/weight/dequantize'.*int4"):
+        backend("tensorrt_rtx").build(model, TensorRtRtxOptions(compute_capabilities=("SM75",)), out)
+
+
+def weighted(kind, group):
+    """An int8 convolution of its kind, with signed activations."""
+    shape = (16, 16 // group, 3, 3)
+    axis = 1 if kind == "ConvTranspose" else 0
+    constants = [
+        numpy_helper.from_array(np.ones(shape, np.int8), "codes"),
+        numpy_helper.from_array(np.full(shape[axis], 0.1, np.float32), "scales"),
+        numpy_helper.from_array(np.zeros(shape[axis], np.int8), "zeros"),
+        numpy_helper.from_array(np.float32(0.1), "scale"),
+        numpy_helper.from_array(np.int8(0), "zero"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], name="dq"),
+        helper.make_node("DequantizeLinear", ["codes", "scales", "zeros"], ["w"], axis=axis, name="w"),
+        helper.make_node(kind, ["dq", "w"], ["y"], pads=[1] * 4, group=group, name="conv"),
+    ]
+    return nodes, constants
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_int8_convolutions_of_every_kind_build_for_every_gpu(kind, group, tmp_path):
+    """No precision but float32 products on Turing needs to be refused beforehand (tried with TensorRT-RTX 1.7)."""
+    model, out = graph(tmp_path, *weighted(kind, group))
+    options = TensorRtRtxOptions(compute_capabilities=("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"))
+    assert backend("tensorrt_rtx").build(model, options, out) == ["engine.trt"]
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x00" * 1000, b"not a model", bytes(range(256)) * 40])
+def test_garbage_gives_a_clear_error_in_the_worker(garbage, tmp_path):
+    """A library in C++ may crash on odd input: the worker is a process of its own, and answers all the same."""
+    model, out = graph(tmp_path, [helper.make_node("Relu", ["images"], ["y"], name="relu")])
+    model.write_bytes(garbage)
+    jobs.write_job(jobs.BuildJob(str(model), options_dict(TensorRtRtxOptions()), "float32", str(out)), tmp_path / "job.json")
+    subprocess.run([sys.executable, "-m", "edgekd.worker", str(tmp_path / "job.json")], check=True, timeout=120)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert "tensorrt_rtx cannot read" in result["reason"]
+    assert "whole ONNX model" in result["hint"]

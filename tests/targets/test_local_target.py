@@ -177,5 +177,5 @@ def test_unknown_targets_are_named():
 
 def test_describe_names_every_backend():
     facts = Local().describe()
-    assert set(facts["backends"]) == {"onnxruntime", "openvino", "tensorrt_rtx", "null"}
+    assert set(facts["backends"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "null"}
     assert all(state["available"] or state["hint"].startswith("run: pip install") for state in facts["backends"].values())
