@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ExportError
+from edgekd.export.bisect import mark
 from edgekd.export.qdq import translations
 
 INPUT = "images"
@@ -29,7 +30,7 @@ def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], o
         opset: ONNX opset.
 
     Returns:
-        An onnx.ModelProto, checked.
+        An onnx.ModelProto, checked; nodes that make a module's output say so (edgekd.export.bisect).
 
     Raises:
         ExportError: The exporter does not follow the model, or its file is not valid.
@@ -53,6 +54,7 @@ def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], o
             )
         assert program is not None
         model = onnxslim.slim(program.model_proto)
+        mark(program.model_proto, model)
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the exporter raises what the model's code and its own passes raise
         raise ExportError(

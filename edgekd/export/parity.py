@@ -1,8 +1,9 @@
-"""Whether an ONNX file computes what the torch module computes, on real images, before anything is deployed."""
+"""Whether the next form of a model computes what the last one did, on real images: torch, then the ONNX file, then the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,104 +13,260 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from edgekd.errors import ParityError
+from edgekd.errors import DataError, ParityError
+from edgekd.export import bisect
 from edgekd.tasks.base import Task
 
 BATCH = 64
+LOCAL_IMAGES = 8
+"""On so many images a file that failed is compared module by module: all their activations are in memory at once."""
+LOCAL_LIMIT = {"float32": 1e-3, "float16": 1e-2, "u8": 1e-3, "s8": 1e-3}
+"""A module that is fed with torch's values is wrong where its error is larger. Integers get no more room than floats: with equal
+inputs they round alike, but for values within float32's rounding of the middle between two codes."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element that differs most."""
+
+    image: int
+    position: list[int]
+    """In the output of this image."""
+    expected: float | None
+    """None where it is not finite."""
+    received: float | None
 
 
 @dataclass(frozen=True)
 class OutputParity:
-    """How far one output of the file is from torch's."""
+    """How far one output is from the one before."""
 
     output: str
     images: int
     max_error: float
-    """Largest absolute difference of a value, as a share of the largest magnitude that torch gives."""
+    """Largest absolute difference of a value, as a share of the largest expected magnitude."""
     cosine: float
     """Cosine between all values of both, 1 where they agree."""
     changed: float
     """Share of decisions that differ, 0..1; 0 for outputs that nobody decides on."""
+    worst: Worst | None = None
 
 
-def measure(module: nn.Module, file: Path, images: Tensor, task: Task) -> list[OutputParity]:
-    """Run both on the same images.
+def compare(
+    expected: Mapping[str, Array], received: Mapping[str, Array], task: Task, *, what: str = "the ONNX file"
+) -> list[OutputParity]:
+    """Every output of two forms of a model on the same images.
 
     Args:
-        module: In eval mode; for a file of integers the trained, fake-quantized one.
-        file: The ONNX file; ONNX Runtime runs it as written, without rewriting its graph.
-        images: Normalised, float32 [N, C, H, W].
+        expected: Output name -> array, of the earlier form.
+        received: Of the later one.
         task: Says what the outputs are called and what is decided on the first.
+        what: The later form, for messages.
 
     Raises:
-        ParityError: ONNX Runtime cannot run the file, or gives other outputs.
+        ParityError: The outputs are others, or have other shapes.
     """
-    expected = _torch_outputs(module, images)
-    received = _onnx_outputs(file, images)
     if list(received) != list(task.output_names) or len(expected) != len(received):
-        raise ParityError(f"the ONNX file gives the outputs {', '.join(received)}; expected {', '.join(task.output_names)}")
+        raise ParityError(f"{what} gives the outputs {', '.join(received)}; expected {', '.join(task.output_names)}")
     return [
-        _compare(name, reference, received[name], task if index == 0 else None)
-        for index, (name, reference) in enumerate(zip(task.output_names, expected, strict=True))
+        _compare(name, expected[name], received[name], task if index == 0 else None, what)
+        for index, name in enumerate(task.output_names)
     ]
 
 
-def check(found: Sequence[OutputParity], *, max_error: float, max_changed: float) -> dict[str, Any]:
+def metrics(expected: Mapping[str, Array], received: Mapping[str, Array], labels: Array, task: Task) -> dict[str, Any]:
+    """The task's metric before and after, on the compared images; None where the outputs are not finite."""
+
+    def value(outputs: Mapping[str, Array]) -> float | None:
+        try:
+            return task.evaluate(outputs, labels)
+        except DataError:
+            return None
+
+    return {"name": task.metric_name, "before": value(expected), "after": value(received)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may differ."""
+
+    max_error: float
+    """Largest difference of a value, as a share of the largest expected magnitude."""
+    max_changed: float
+    """Largest share of decisions; one image always may."""
+
+
+def check(
+    found: Sequence[OutputParity],
+    metric: Mapping[str, Any] | None,
+    limits: Limits,
+    *,
+    what: str = "the ONNX file",
+    than: str = "torch",
+    where: Callable[[], str] = lambda: "",
+) -> dict[str, Any]:
     """Hold the differences against their limits.
 
+    Args:
+        found: Of every output.
+        metric: What :func:`metrics` gives.
+        limits: What is allowed.
+        what: The later form, for messages.
+        than: The earlier one.
+        where: Asked only on failure: a sentence that says in which layer it goes wrong.
+
     Returns:
-        parity.json: what was measured and what was allowed.
+        What parity.json holds of this hop: outputs, allowed, metric.
 
     Raises:
-        ParityError: One is over its limit; the message has the numbers.
+        ParityError: One is over its limit; the message has the numbers and the layer.
     """
     for parity in found:
-        measured = f"output {parity.output!r} on {parity.images} images: max error {parity.max_error:.2e} of its range, "
-        measured += f"cosine {parity.cosine:.6f}, {parity.changed:.2%} of the decisions changed"
-        few = parity.changed * parity.images <= max(1.0, max_changed * parity.images)  # one image on the edge proves nothing
-        if not (parity.max_error <= max_error and few):  # not finite fails too
+        few = parity.changed * parity.images <= max(1.0, limits.max_changed * parity.images)  # one image proves nothing
+        if not (parity.max_error <= limits.max_error and few):  # not finite fails too
             raise ParityError(
-                f"the ONNX file disagrees with torch: {measured}; allowed: {max_error:.0e} and {max_changed:.2%}",
+                f"{what} disagrees with {than}: {_measured(parity, metric)}; "
+                f"allowed: {limits.max_error:.0e} and {limits.max_changed:.2%}{where()}",
                 hint="raise export.max_error or export.max_changed only if you know why they differ",
             )
-    return {"outputs": [asdict(parity) for parity in found], "allowed": {"max_error": max_error, "max_changed": max_changed}}
+    return {"outputs": [asdict(parity) for parity in found], "allowed": dataclasses.asdict(limits), "metric": metric}
 
 
-def _compare(name: str, expected: npt.NDArray[Any], received: npt.NDArray[Any], task: Task | None) -> OutputParity:
+def _measured(parity: OutputParity, metric: Mapping[str, Any] | None) -> str:
+    text = f"output {parity.output!r} on {parity.images} images: max error {parity.max_error:.2e} of its range"
+    if parity.worst is not None:
+        worst = parity.worst
+        text += f" (image {worst.image}, element {list(worst.position)}: expected {_number(worst.expected)}, "
+        text += f"received {_number(worst.received)})"
+    text += f", cosine {parity.cosine:.6f}, {parity.changed:.2%} of the decisions changed"
+    if metric is not None:
+        text += f", {metric['name']} {_number(metric['before'])} -> {_number(metric['after'])}"
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _compare(name: str, expected: Array, received: Array, task: Task | None, what: str = "ONNX") -> OutputParity:
     if expected.shape != received.shape:
-        raise ParityError(f"output {name!r} has shape {list(received.shape)} in ONNX and {list(expected.shape)} in torch")
-    one, other = expected.astype(np.float64).ravel(), received.astype(np.float64).ravel()
-    largest = max(float(np.abs(one).max()), 1e-30)
-    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+        raise ParityError(f"output {name!r} has shape {list(received.shape)} in {what} and {list(expected.shape)} before it")
+    one, other = expected.astype(np.float64), received.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite values: found below
+        difference = np.abs(one - other)
+        largest = max(float(np.abs(one).max()), 1e-30)
+        norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+        cosine = float(one.ravel() @ other.ravel()) / norms if norms else float(np.array_equal(one, other))
+    place = np.unravel_index(int(np.where(np.isnan(difference), np.inf, difference).argmax()), one.shape)
     changed = 0.0 if task is None else float(np.mean(task.decisions(expected) != task.decisions(received)))
+    finite = [float(value) if np.isfinite(value) else None for value in (one[place], other[place])]
     return OutputParity(
         output=name,
         images=len(expected),
-        max_error=float(np.abs(one - other).max()) / largest,
-        cosine=float(one @ other) / norms if norms else float(np.array_equal(one, other)),
+        max_error=float(difference.max()) / largest,
+        cosine=cosine,
         changed=changed,
+        worst=Worst(int(place[0]), [int(index) for index in place[1:]], *finite),
     )
 
 
-def _torch_outputs(module: nn.Module, images: Tensor) -> list[npt.NDArray[Any]]:
-    parts: list[list[npt.NDArray[Any]]] = []
+def torch_outputs(module: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, Array]:
+    """Name -> array of a module in eval mode; ``images`` are normalised, float32 [N, C, H, W].
+
+    Raises:
+        ParityError: It gives another number of outputs.
+    """
+    parts: list[list[Array]] = []
     with torch.no_grad():
         for batch in images.split(BATCH):
             given = module(batch)
             parts.append([value.numpy() for value in (given if isinstance(given, tuple | list) else [given])])
-    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    if len(parts[0]) != len(names):
+        raise ParityError(f"the model gives {len(parts[0])} outputs; expected {', '.join(names)}")
+    return dict(zip(names, (np.concatenate(arrays) for arrays in zip(*parts, strict=True)), strict=True))
 
 
-def _onnx_outputs(file: Path, images: Tensor) -> dict[str, npt.NDArray[Any]]:
+def file_outputs(model: Path | bytes, images: Array) -> dict[str, Array]:
+    """Name -> array of an ONNX file, or of its bytes, which ONNX Runtime runs as written, without rewriting its graph.
+
+    Raises:
+        ParityError: ONNX Runtime cannot run it.
+    """
+    session = _session(model)
+    source = session.get_inputs()[0].name
+    parts = [_run(session, {source: images[start : start + BATCH]}) for start in range(0, len(images), BATCH)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def run_once(model: Any, feeds: dict[str, Array]) -> dict[str, Array]:
+    """All outputs of an onnx.ModelProto, run as written.
+
+    Raises:
+        ParityError: ONNX Runtime cannot run it.
+    """
+    return _run(_session(model.SerializeToString()), feeds)
+
+
+def _session(model: Path | bytes) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        names, source = [output.name for output in session.get_outputs()], session.get_inputs()[0].name
-        parts = [session.run(names, {source: batch.numpy()}) for batch in images.split(BATCH)]
+        source = model if isinstance(model, bytes) else str(model)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ParityError(f"onnxruntime cannot run the exported file: {error}", hint="another export.opset may work") from error
-    return {name: np.concatenate([part[index] for part in parts]) for index, name in enumerate(names)}
+        raise _refused(error) from error
+
+
+def _run(session: Any, feeds: dict[str, Array]) -> dict[str, Array]:
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, feeds), strict=True))
+    except Exception as error:  # as above
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ParityError:
+    return ParityError(f"onnxruntime cannot run the exported file: {error}", hint="another export.opset may work")
+
+
+def worst_first(found: Sequence[OutputParity], count: int) -> list[int]:
+    """Indices of at most ``count`` images, the one that differs most before the others."""
+    first = next((parity.worst.image for parity in found if parity.worst is not None), 0)
+    return [first, *(index for index in range(found[0].images) if index != first)][:count]
+
+
+def where_in_file(module: nn.Module, model: Any, images: Tensor, encoding: str) -> str:
+    """In which module the file goes wrong, as the end of a sentence.
+
+    Args:
+        module: The one that was exported: the encoded one for integers.
+        model: The file.
+        images: Normalised, float32 [B, C, H, W].
+        encoding: float32, float16, u8 or s8.
+    """
+    try:
+        places = bisect.local_errors(module, model, images, run_once)
+    except ParityError as error:
+        return f"; the layer cannot be found: {error.message}"
+    limit = LOCAL_LIMIT[encoding]
+    wrong = next((place for place in places if not place.error <= limit), None)
+    if wrong is None:
+        largest = max(places, key=lambda place: place.error)
+        return (
+            f"; no layer is to blame: fed with torch's values, none of {len(places)} is off by more than {largest.error:.1e} of "
+            f"its norm ({largest.path}), so the differences add up over the layers"
+        )
+    return f"; it goes wrong at {described(wrong)}, when fed with torch's values"
+
+
+def described(place: bisect.Place) -> str:
+    """A place with its numbers and those of what it reads."""
+    text = f"{place.path} (tensor {place.point.tensor}): off by {place.error:.1e} of its norm"
+    if place.reads:
+        text += ", while what it reads is right: " + ", ".join(f"{path} {error:.1e}" for path, error in place.reads)
+    return text

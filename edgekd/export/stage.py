@@ -69,12 +69,25 @@ def run(
     count = min(config.parity_images, len(dataset.val))
     images = normalise(torch.from_numpy(np.array(dataset.val.images[:count])), dataset.mean, dataset.std).contiguous()
     # with the trained model, not with its encoding: a wrong encoding would agree with itself
-    found = parity.measure(loaded.module, path, images, task)
-    limit = config.max_error if config.max_error is not None else MAX_ERROR[encoding]
-    changed = config.max_changed if config.max_changed is not None else MAX_CHANGED[encoding]
-    result = parity.check(found, max_error=limit, max_changed=changed)
+    expected = parity.torch_outputs(loaded.module, images, task.output_names)
+    received = parity.file_outputs(path, images.numpy())
+    found = parity.compare(expected, received, task)
+    result = {"split": "val"} | parity.check(
+        found,
+        parity.metrics(expected, received, dataset.val.labels[:count], task),
+        limits(config, encoding),
+        where=lambda: parity.where_in_file(module, model, images[parity.worst_first(found, parity.LOCAL_IMAGES)], encoding),
+    )
     write_json(folder / "parity.json", result)
     return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
+
+
+def limits(config: ExportConfig, kind: str) -> parity.Limits:
+    """What may differ: as the recipe says, or by the encoding or the precision of what is compared."""
+    return parity.Limits(
+        max_error=MAX_ERROR[kind] if config.max_error is None else config.max_error,
+        max_changed=MAX_CHANGED[kind] if config.max_changed is None else config.max_changed,
+    )
 
 
 def preprocessing(dataset: Dataset) -> dict[str, Any]:

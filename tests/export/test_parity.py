@@ -31,10 +31,19 @@ def written(model, path, images):
     return proto
 
 
+def measured(module, file, images):
+    expected = parity.torch_outputs(module, images, TASK.output_names)
+    return parity.compare(expected, parity.file_outputs(file, images.numpy()), TASK)
+
+
+def check(found, **limits):
+    return parity.check(found, None, parity.Limits(**limits))
+
+
 def test_the_same_model_passes(model, images, tmp_path):
     written(model, tmp_path / "m.onnx", images)
-    found = parity.measure(model, tmp_path / "m.onnx", images, TASK)
-    result = parity.check(found, max_error=1e-3, max_changed=0.0)
+    found = measured(model, tmp_path / "m.onnx", images)
+    result = check(found, max_error=1e-3, max_changed=0.0)
     (output,) = result["outputs"]
     assert output["output"] == "logits"
     assert output["images"] == 100
@@ -46,29 +55,29 @@ def test_the_same_model_passes(model, images, tmp_path):
 def test_another_model_is_stopped_with_the_numbers(model, images, tmp_path):
     written(model, tmp_path / "m.onnx", images)
     other = nn.Sequential(*model[:-1], nn.Linear(8, 10)).eval()
-    found = parity.measure(other, tmp_path / "m.onnx", images, TASK)
+    found = measured(other, tmp_path / "m.onnx", images)
     with pytest.raises(ParityError, match=r"'logits' on 100 images: max error .* % of the decisions changed|allowed") as caught:
-        parity.check(found, max_error=1e-3, max_changed=0.5)
+        check(found, max_error=1e-3, max_changed=0.5)
     assert "1e-03" in str(caught.value)
 
 
 def test_one_borderline_image_of_a_small_split_does_not_stop_it():
-    parity.check([parity.OutputParity("logits", 20, max_error=0.0, cosine=1.0, changed=0.05)], max_error=0.1, max_changed=0.02)
+    check([parity.OutputParity("logits", 20, max_error=0.0, cosine=1.0, changed=0.05)], max_error=0.1, max_changed=0.02)
     with pytest.raises(ParityError):
-        parity.check([parity.OutputParity("logits", 20, max_error=0.0, cosine=1.0, changed=0.1)], max_error=0.1, max_changed=0.02)
+        check([parity.OutputParity("logits", 20, max_error=0.0, cosine=1.0, changed=0.1)], max_error=0.1, max_changed=0.02)
 
 
 def test_changed_decisions_alone_stop_it():
     found = [parity.OutputParity("logits", 100, max_error=0.0, cosine=1.0, changed=0.03)]
-    parity.check(found, max_error=0.1, max_changed=0.03)
+    check(found, max_error=0.1, max_changed=0.03)
     with pytest.raises(ParityError, match=r"3\.00%"):
-        parity.check(found, max_error=0.1, max_changed=0.02)
+        check(found, max_error=0.1, max_changed=0.02)
 
 
 def test_a_value_that_is_not_finite_stops_it():
     broken = parity._compare("logits", np.ones((2, 3)), np.array([[1.0, np.nan, 1], [1, 1, 1]]), TASK)
     with pytest.raises(ParityError):
-        parity.check([broken], max_error=1e9, max_changed=1.0)
+        check([broken], max_error=1e9, max_changed=1.0)
 
 
 def test_the_numbers_by_hand():
@@ -83,13 +92,13 @@ def test_a_damaged_file(model, images, tmp_path):
     written(model, tmp_path / "m.onnx", images)
     (tmp_path / "m.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
     with pytest.raises(ParityError, match="cannot run"):
-        parity.measure(model, tmp_path / "m.onnx", images, TASK)
+        measured(model, tmp_path / "m.onnx", images)
 
 
 def test_other_outputs(model, images, tmp_path):
     onnx.save(export(model, images[:2], output_names=["scores"], opset=20), tmp_path / "m.onnx")
     with pytest.raises(ParityError, match="gives the outputs scores; expected logits"):
-        parity.measure(model, tmp_path / "m.onnx", images, TASK)
+        measured(model, tmp_path / "m.onnx", images)
 
 
 def test_float16_agrees_more_coarsely(model, images, tmp_path):
@@ -98,5 +107,5 @@ def test_float16_agrees_more_coarsely(model, images, tmp_path):
     kinds = {tensor.data_type for tensor in proto.graph.initializer if tensor.dims}
     assert onnx.TensorProto.FLOAT16 in kinds
     assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    (found,) = parity.measure(model, tmp_path / "half.onnx", images, TASK)
+    (found,) = measured(model, tmp_path / "half.onnx", images)
     assert 1e-6 < found.max_error < 1e-2
