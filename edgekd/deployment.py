@@ -25,6 +25,7 @@ from edgekd.display import Display
 from edgekd.engines import audit, options_dict
 from edgekd.engines import backend as find_backend
 from edgekd.errors import BuildError, EdgekdError
+from edgekd.export import lint
 from edgekd.export import stage as export_stage
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
 from edgekd.recipe import DeployConfig, Recipe
@@ -146,7 +147,8 @@ class Deployment:
         key = (checkpoint.id, encoding)
         if key not in self.exported:
             try:
-                self.exported[key] = self._export(checkpoint, encoding)
+                self.exported[key] = exported = self._export(checkpoint, encoding)
+                self._say_findings(exported, encoding)
             except EdgekdError as error:
                 self.exported[key] = error  # every cell that needs this file fails for the same reason
         found = self.exported[key]
@@ -164,6 +166,17 @@ class Deployment:
             return export_stage.run(self.recipe.export, checkpoint, encoding, self.dataset, self.task, folder)
 
         return self._artifact("onnx", "export", checkpoint.role, inputs, (checkpoint.id,), config, versions, fill)
+
+    def _say_findings(self, exported: Artifact, encoding: str) -> None:
+        """What the linter found in an exported file, where it costs a backend of this recipe something."""
+        try:
+            findings = lint.from_json(json.loads((exported.folder / "lint.json").read_text()))
+        except FileNotFoundError:  # an artifact from before there was a linter
+            return
+        backends = {entry.backend.name for entry in self.recipe.deploy}
+        for line in lint.lines(findings, backends):
+            self.record["warnings"].append(f"{exported.role}, {encoding}: {line}")
+            self.display.say(f"warning: {line}")
 
     def _engine(self, onnx: Artifact, entry: DeployConfig, precision: str, role: str) -> Artifact | JobResult:
         options = options_dict(entry.backend)

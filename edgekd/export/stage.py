@@ -1,4 +1,4 @@
-"""The section ``export``: a checkpoint becomes model.onnx, io.json, layers.json and parity.json."""
+"""The section ``export``: a checkpoint becomes model.onnx, io.json, layers.json, lint.json and parity.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgekd._config import Config
 from edgekd.artifacts import Checkpoint, write_json
 from edgekd.data.base import Dataset
 from edgekd.data.batches import normalise
-from edgekd.export import onnx, parity
+from edgekd.export import lint, onnx, parity
 from edgekd.export.qdq import ENCODINGS, encode
 from edgekd.quantize import stage as quantize_stage
 from edgekd.tasks.base import Task
@@ -53,7 +53,7 @@ def run(
         The artifact's metrics: encoding, size_bytes, and what parity.json holds.
 
     Raises:
-        ExportError: The model cannot be written.
+        ExportError: The model cannot be written, or no engine could be built from it (edgekd.export.lint).
         ParityError: The file disagrees with torch.
     """
     loaded = quantize_stage.load(checkpoint)
@@ -66,6 +66,9 @@ def run(
     onnx.save(model, path)
     write_json(folder / "layers.json", onnx.layers(model))
     write_json(folder / "io.json", onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding))
+    findings = lint.lint(model, encoding)
+    write_json(folder / "lint.json", lint.as_json(findings))
+    lint.refuse(findings)
     count = min(config.parity_images, len(dataset.val))
     images = normalise(torch.from_numpy(np.array(dataset.val.images[:count])), dataset.mean, dataset.std).contiguous()
     # with the trained model, not with its encoding: a wrong encoding would agree with itself

@@ -47,7 +47,7 @@ def test_files_and_io(tmp_path, twin, digits, encoding):
     out = tmp_path / "out"
     out.mkdir()
     metrics = stage.run(ExportConfig(parity_images=64, max_changed=0.1), checkpoint, encoding, digits, Classification(), out)
-    assert sorted(path.name for path in out.iterdir()) == ["io.json", "layers.json", "model.onnx", "parity.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["io.json", "layers.json", "lint.json", "model.onnx", "parity.json"]
     io = read_io(out / "io.json")
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.inputs] == [("images", "float32", (-1, 3, 32, 32))]
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.outputs] == [("logits", "float32", (-1, 10))]
@@ -81,6 +81,22 @@ def test_the_gate_stops_a_run(tmp_path, twin, digits):
     checkpoint = stored(tmp_path, twin, digits, quantized=False)
     with pytest.raises(ParityError, match="disagrees with torch"):
         stage.run(ExportConfig(max_error=1e-12), checkpoint, "float32", digits, Classification(), tmp_path)
+
+
+def test_a_file_that_no_engine_could_run_is_refused_by_its_module(tmp_path, twin, digits, monkeypatch):
+    """Before any build, and before ONNX Runtime runs it for parity: it would take a scale that is none without a word."""
+    encode = stage.encode
+
+    def collapsed(module, encoding):
+        encoded = encode(module, encoding)
+        encoded.get_submodule("stage1.0.conv1").scale[1] = 0
+        return encoded
+
+    monkeypatch.setattr(stage, "encode", collapsed)
+    checkpoint = stored(tmp_path, twin, digits, quantized=True)
+    with pytest.raises(ExportError, match=r"bad-scale: stage1\.0\.conv1 \(1 of \d+ scales, for instance 0\)") as caught:
+        stage.run(ExportConfig(), checkpoint, "u8", digits, Classification(), tmp_path)
+    assert "look at the training" in caught.value.hint
 
 
 def test_a_float_checkpoint_has_no_integers(tmp_path, twin, digits):
