@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,10 @@ def compress(
         bool, typer.Option("--smoke", help="Two steps per training on a few images: does the recipe run at all?")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    allow_fallback: Annotated[
+        bool,
+        typer.Option("--allow-fallback", help="Measure engines that do not run in the precision that was asked, too."),
+    ] = False,
 ) -> None:
     """Run a recipe: train, distil, prune, quantize, export, build engines, measure, report.
 
@@ -78,7 +83,9 @@ def compress(
     loaded = recipes.load_recipe(recipe)
     recipes.preflight(loaded)
     if smoke:
-        loaded = recipes.Loaded(recipes.smoke(loaded.recipe), loaded.document, loaded.search)
+        loaded = replace(loaded, recipe=recipes.smoke(loaded.recipe))
+    if allow_fallback:
+        loaded = replace(loaded, recipe=recipes.allow_fallback(loaded.recipe))
     from edgekd import pipeline, report
     from edgekd.artifacts import Store
     from edgekd.display import Display
@@ -164,7 +171,7 @@ def backends(as_json: Json = False) -> None:
                 "version": found.version,
                 "reason": found.reason,
                 "install": found.hint,
-                "precisions": list(OPTIONS[name].precisions),
+                "precisions": list(OPTIONS[name]().precisions),
             }
         )
     if as_json:

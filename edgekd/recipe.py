@@ -28,6 +28,7 @@ from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
+from edgekd.engines import available as backend_available
 from edgekd.errors import EdgekdError
 from edgekd.export.stage import ExportConfig
 from edgekd.models.config import ModelConfig
@@ -73,7 +74,7 @@ class DeployConfig(Config):
     target: Literal["local"] = "local"
     """Where they are built and measured."""
     allow_fallback: bool = False
-    """Measure an int8 engine even where most of its multiply-accumulates run in another precision; else that is a failure."""
+    """Measure an engine even where most of what was asked of it in int8 or float16 runs otherwise; else that is a failure."""
     batch: int = Field(1, ge=1, le=4096)
     """Images per inference."""
 
@@ -308,6 +309,11 @@ def _check_budget(recipe: Recipe) -> list[Problem]:
     return problems
 
 
+def allow_fallback(recipe: Recipe) -> Recipe:
+    """The same recipe, with ``allow_fallback`` in every entry of deploy."""
+    return recipe.model_copy(update={"deploy": [entry.model_copy(update={"allow_fallback": True}) for entry in recipe.deploy]})
+
+
 def smoke(recipe: Recipe) -> Recipe:
     """The same recipe made tiny: one epoch of two steps per training, and engines measured for a moment.
 
@@ -353,9 +359,10 @@ def preflight(loaded: Loaded) -> None:
     recipe = loaded.recipe
     problems = [*_check_data(loaded), *_check_weights(loaded), *_check_models(recipe)]
     for number, entry in enumerate(recipe.deploy):
-        found = backend(entry.backend.name).available()
+        found = backend_available(entry.backend)
         if not found.ok:
-            problems.append(Problem(("deploy", number, "backend", "name"), found.reason, found.hint))
+            key = "provider" if backend(entry.backend.name).available().ok else "name"
+            problems.append(Problem(("deploy", number, "backend", key), found.reason, found.hint))
     if problems:
         raise recipe_error(loaded.document, problems)
 

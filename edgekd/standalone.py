@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.engines import options_from
+from edgekd.artifacts import write_json
+from edgekd.engines import audit, options_from
+from edgekd.engines.onnx_layers import layers
 from edgekd.errors import BuildError, EdgekdError
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult
 from edgekd.targets.local import Local
@@ -29,8 +31,8 @@ def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds
         seconds: Steady state per engine.
 
     Returns:
-        {"engines": [bench payloads with "model"], "skipped": [{"model", "reason"}] for those that this machine cannot run,
-        "comparison": compare payload or None}; raw samples included.
+        {"engines": [bench payloads with "model" and "audit" (the precision audit, or None)], "skipped": [{"model", "reason"}] for
+        those that this machine cannot run, "comparison": compare payload or None}; raw samples included.
 
     Raises:
         EdgekdError: A file is missing, a build or a measurement failed, or nothing can be measured here.
@@ -47,7 +49,8 @@ def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds
             if result.status == "skipped":
                 skipped.append({"model": str(model), "reason": result.reason})
                 continue
-            results.append({"model": str(model), **_payload(result)})
+            found = json.loads((engine / "engine.json").read_text()).get("audit")
+            results.append({"model": str(model), **_payload(result), "audit": found})
             names.append(str(engine))
         if not results:
             raise EdgekdError("\n".join(f"{each['model']}: {each['reason']}" for each in skipped), hint="run edgekd doctor")
@@ -68,6 +71,11 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"p50 {latency['p50']:.3f} ms, p90 {latency['p90']:.3f}, p99 {latency['p99']:.3f}; "
             f"first {engine['first_ms']:.2f} ms; peak memory {memory}; {engine['size_bytes'] / 1024:.0f} KiB"
         )
+        if engine["audit"] is not None:
+            refused, summary = audit.refusal(engine["audit"]), audit.summary(engine["audit"])
+            if engine["precision"] != "float32":
+                summary = summary or engine["audit"]["reason"]
+            out += [f"  warning: {refused}"] if refused else [f"  {summary}"] if summary else []
         out += [f"  warning: {warning}" for warning in engine["warnings"]]
     out += [f"{each['model']}: skipped: {each['reason']}" for each in result["skipped"]]
     if result["comparison"] is not None:
@@ -91,17 +99,43 @@ def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
     source = folder / "source"
     source.mkdir()
     io = model.with_name("io.json")
-    (source / "model.onnx").symlink_to(model.resolve())
     (source / "io.json").write_text(io.read_text() if io.exists() else json.dumps(_describe(model)))
+    asked = _prepare(model, source)
     options: dict[str, Any] = {"name": backend}
     if backend in ("onnxruntime", "openvino"):
         options["threads"] = threads
-    options_from(options)
+    runs = options_from(options).precisions
     engine = folder / "engine"
     engine.mkdir()
-    precision = json.loads((source / "io.json").read_text()).get("precision", "float32")
+    # of a foreign file the layers say it, where the backend has it at all: the audit then tells what became of it
+    precision = json.loads((source / "io.json").read_text()).get("precision")
+    precision = precision or next((name for name in ("int8", "float16") if name in asked and name in runs), "float32")
     _run(BuildJob(model=str(source / "model.onnx"), backend=options, precision=precision, out=str(engine)), folder)
     return engine
+
+
+def _prepare(model: Path, source: Path) -> set[str]:
+    """Put the model and its layers.json where an engine is built from them.
+
+    Returns:
+        The precisions that its layers are asked to run in.
+    """
+    import onnx
+
+    (source / "model.onnx").symlink_to(model.resolve())
+    try:
+        graph = onnx.load(str(model), load_external_data=False)
+        unnamed = [node for node in graph.graph.node if not node.name]
+        for number, node in enumerate(unnamed):
+            node.name = f"edgekd.unnamed.{number}"  # by their names libraries tell what became of them
+        if unnamed and not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.graph.initializer):
+            (source / "model.onnx").unlink()
+            onnx.save(graph, str(source / "model.onnx"))
+        rows = layers(graph)
+    except Exception:  # protobuf's, shape inference's: what the backend makes of such a file is for the backend to say
+        return set()
+    write_json(source / audit.LAYERS, rows)
+    return {row["asked"] for row in rows}
 
 
 def _describe(model: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ RECIPE = str(ROOT / "recipes" / "classification" / "quickstart.yaml")
 # The command line is what scripts and habits are built on. A deliberate change is made here too, and told in CHANGELOG.md.
 COMMANDS = {
     "": ["--version"],
-    "compress": ["recipe", "--out", "--smoke", "--quiet"],
+    "compress": ["recipe", "--out", "--smoke", "--quiet", "--allow-fallback"],
     "validate": ["recipe"],
     "schema": [],
     "methods": ["--json"],
@@ -146,6 +146,27 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(run, monkeypatch
     assert err.splitlines()[-1] == "hint: run: pip install 'edgekd[openvino]'"
 
 
+def test_a_provider_that_onnxruntime_lacks_is_told_before_any_work(run, tmp_path):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    text = (
+        "name: gpu\ntask: {kind: classification}\ndata: {kind: digits, size_px: 8}\nstudent:\n  model: {name: resnet8}\n"
+        "stages:\n  - {kind: finetune, train: {epochs: 1}}\n"
+        "deploy:\n  - backend: {name: onnxruntime, provider: cuda}\n    precision: [float32, float16]\n"
+    )
+    (tmp_path / "gpu.yaml").write_text(text)
+    code, _, err = run("validate", tmp_path / "gpu.yaml")
+    assert code == 2
+    assert "deploy[0].backend.provider: provider cuda needs onnxruntime's CUDAExecutionProvider; the installed one has" in err
+    assert "pip install onnxruntime-gpu" in err
+    (tmp_path / "gpu.yaml").write_text(text.replace("float16", "int8"))
+    code, _, err = run("validate", tmp_path / "gpu.yaml")
+    assert code == 2
+    assert "deploy[0].precision[1]: onnxruntime's CUDA provider has no int8 convolutions" in err
+
+
 def test_doctor(run):
     code, out, err = run("doctor", "--json")
     assert (code, err) == (0, "")
@@ -227,6 +248,10 @@ def test_a_run_that_is_done_exits_with_0(outcome, run, tmp_path):
     assert seen["out"] == Path("runs/quickstart-smoke")
     assert seen["smoke"] is True
     assert seen["recipe"].teacher.train.epochs == 1
+    assert not any(entry.allow_fallback for entry in seen["recipe"].deploy)
+    run("compress", RECIPE, "--allow-fallback")
+    assert len(seen["recipe"].deploy) > 1
+    assert all(entry.allow_fallback for entry in seen["recipe"].deploy)
     run("compress", RECIPE, "--out", tmp_path / "elsewhere")
     assert seen["out"] == tmp_path / "elsewhere"
 

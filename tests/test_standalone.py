@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgekd import standalone
@@ -21,6 +23,30 @@ def model(tmp_path_factory):
     return path
 
 
+def quantized(path, dtype, named):
+    """Conv and ReLU between quantizers; nodes named, or, as ONNX allows, not."""
+    zero = numpy_helper.from_array(np.array(0, dtype), "zero")
+    constants = [zero, numpy_helper.from_array(np.float32(0.1), "scale"), numpy_helper.from_array(np.float32(0.01), "step")]
+    constants += [numpy_helper.from_array(np.ones((4, 3, 3, 3), np.int8), "codes"), numpy_helper.from_array(np.int8(0), "none")]
+    nodes = [
+        ("QuantizeLinear", ["images", "scale", "zero"], "a"),
+        ("DequantizeLinear", ["a", "scale", "zero"], "b"),
+        ("DequantizeLinear", ["codes", "step", "none"], "weight"),
+        ("Conv", ["b", "weight"], "c"),
+        ("Relu", ["c"], "d"),
+        ("QuantizeLinear", ["d", "scale", "zero"], "e"),
+        ("DequantizeLinear", ["e", "scale", "zero"], "logits"),
+    ]
+    made = [helper.make_node(kind, given, [out], name=f"the_{out}" if named else "") for kind, given, out in nodes]
+    image, logits = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in (("images", (3, 16, 16)), ("logits", (4, 14, 14)))
+    )
+    graph = helper.make_graph(made, "net", [image], [logits], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
 def bench(*models, backend="onnxruntime", **options):
     return standalone.bench(list(models), backend=backend, **{"threads": 1, "batch": 2, "seconds": 0.05, **options})
 
@@ -34,6 +60,25 @@ def test_one_file(model):
     assert result["comparison"] is None
     (line,) = [line for line in standalone.lines(result) if "warning" not in line]
     assert f"p50 {engine['latency_ms']['p50']:.3f} ms" in line
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_foreign_quantized_file_is_audited(named, tmp_path):
+    """Signed activations: ONNX Runtime leaves the convolution behind a ReLU in float, and says nothing."""
+    u8, s8 = (quantized(tmp_path / f"{name}.onnx", dtype, named) for name, dtype in (("u8", np.uint8), ("s8", np.int8)))
+    result = bench(u8, s8)
+    assert [engine["precision"] for engine in result["engines"]] == ["int8", "int8"]
+    text = standalone.lines(result)
+    assert "  int8: 100% of the multiply-accumulates asked in it run in it" in text
+    (refused,) = [line for line in text if "asked for int8" in line]
+    assert refused.startswith("  warning: asked for int8, but only 0%")
+    assert "(float32)" in refused
+
+
+def test_a_float_file_has_nothing_to_audit(model):
+    result = bench(model)
+    assert {row["got"] for row in result["engines"][0]["audit"]["layers"]} == {"float32"}
+    assert not any("multiply-accumulates" in line for line in standalone.lines(result))
 
 
 def test_two_files_are_compared_in_turns(model):

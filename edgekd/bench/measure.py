@@ -59,6 +59,7 @@ def bench(job: BenchJob) -> dict[str, Any]:
     machine = host.describe([info.options.name])
     others = sensors.neighbours(cpu_before, cpu_after)
     warnings, valid = sensors.judge(before, after, others, threads=threads, cores=machine["cpu"]["cores_usable"])
+    warnings = [*warnings, *info.notes]
     if library.debug:
         warnings, valid = [*warnings, f"{info.options.name} is a debug build: its times mean nothing"], False
     energy, energy_reason = None, meter.reason

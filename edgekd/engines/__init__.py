@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.engines import audit
-from edgekd.engines.base import Availability, Backend, Io, Session, TensorSpec, WrongMachineError, read_io
+from edgekd.engines.base import REPORTED, Availability, Backend, Io, Session, TensorSpec, WrongMachineError, read_io
 from edgekd.engines.null import Null, NullOptions
-from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions
+from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions, provider_available
 from edgekd.engines.openvino import OpenVino, OpenVinoOptions
 from edgekd.engines.tensorrt import TensorRt, TensorRtOptions
 from edgekd.engines.tensorrt_rtx import TensorRtRtx, TensorRtRtxOptions
@@ -35,6 +35,7 @@ __all__ = [
     "BACKENDS",
     "OPTIONS",
     "backend",
+    "available",
     "options_from",
     "options_dict",
     "build_engine",
@@ -73,6 +74,8 @@ class EngineInfo:
     fingerprint: Mapping[str, Any]
     files: Mapping[str, int]
     """The backend's own files and their sizes in bytes."""
+    notes: tuple[str, ...] = ()
+    """What the library made otherwise than asked."""
 
     @property
     def size_bytes(self) -> int:
@@ -97,6 +100,14 @@ def backend(name: str) -> Backend:
             hint="edgekd backends lists what is installed here",
         )
     return BACKENDS[name]
+
+
+def available(options: BackendOptions) -> Availability:
+    """Whether what these options need is here; never raises."""
+    found = backend(options.name).available()
+    if found.ok and isinstance(options, OnnxRuntimeOptions):
+        return provider_available(options, found)
+    return found
 
 
 def options_from(data: Mapping[str, Any]) -> BackendOptions:
@@ -132,8 +143,8 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         out: An existing folder, which gets the engine's files.
 
     Returns:
-        What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds, and audit where layers.json lies
-        beside the model.
+        What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds; reported (the library's own
+        settings) and notes, where the backend tells; and audit, where layers.json lies beside the model.
 
     Raises:
         BuildError: The backend refuses the model or lacks the precision.
@@ -162,6 +173,9 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         "size_bytes": sum(files.values()),
         "seconds": round(time.monotonic() - start, 3),
     }
+    if (out / REPORTED).is_file():
+        record |= json.loads((out / REPORTED).read_text())
+        (out / REPORTED).unlink()
     if model.with_name(audit.LAYERS).is_file():
         record["audit"] = audit.audit(model.with_name(audit.LAYERS), maker, out, options)
     (out / RECORD).write_text(json.dumps(record, indent=1))
@@ -181,7 +195,9 @@ def read_engine(folder: Path) -> EngineInfo:
             raise BuildError(
                 f"{path} has schema {data['schema']!r}; this edgekd reads schema {SCHEMA}", hint="build the engine again"
             )
-        return EngineInfo(options_from(data["backend"]), data["precision"], data["fingerprint"], data["files"])
+        return EngineInfo(
+            options_from(data["backend"]), data["precision"], data["fingerprint"], data["files"], tuple(data.get("notes", ()))
+        )
     except FileNotFoundError as error:
         raise BuildError(f"{folder} holds no engine: there is no {RECORD}", hint="give the folder of a built engine") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,8 @@
 """The precision audit: what each layer was asked to run in, and what the built engine runs it in.
 
 A library may fall back to float without a word, and the engine then is no faster than its float twin. So after every build the
-layers of the model (layers.json, beside it) are looked up in what the library itself reports of the engine.
+layers of the model (layers.json, beside it) are looked up in what the library itself reports of the engine. Layers asked in
+float32 are not held to it: what they run in is the choice of the backend's options.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from edgekd.errors import BuildError
 
 LAYERS = "layers.json"
 SUBSTANTIAL = 0.5
-"""Where less than this share of the MACs that were asked in int8 runs in it, the engine is not what was asked."""
+"""The share, of the MACs and of the time, that must run as asked; below it the engine is not what was asked."""
 
 
 def audit(layers: Path, backend: Backend, engine: Path, options: Any) -> dict[str, Any]:
@@ -28,8 +29,8 @@ def audit(layers: Path, backend: Backend, engine: Path, options: Any) -> dict[st
         options: Its options.
 
     Returns:
-        layers (path, op, macs, asked, got, kind, time_us), asked_int8 and got_int8 (shares of all layers' MACs, 0..1), other_time
-        (share of the time spent outside these layers, or None) and reason; where the engine cannot be inspected, reason alone.
+        layers (path, op, macs, asked, got, kind, time_us, and elsewhere where it runs elsewhere than asked), other_time (share
+        of the time spent outside these layers, or None) and reason; where the engine cannot be inspected, reason alone.
 
     Raises:
         BuildError: layers.json or the engine cannot be read.
@@ -60,14 +61,12 @@ def compare(asked: dict[str, dict[str, Any]], executed: list[Executed]) -> dict[
     for node, row in asked.items():
         got = found.get(node, Executed((), "", "unknown"))
         what = {key: row[key] for key in ("path", "op", "macs", "asked")}
-        rows.append({**what, "got": got.precision, "kind": got.kind or None, "time_us": got.time_us})
-    total = sum(row["macs"] for row in rows)
+        where = {"elsewhere": got.elsewhere} if got.elsewhere else {}
+        rows.append({**what, "got": got.precision, "kind": got.kind or None, "time_us": got.time_us, **where})
     times = [operation.time_us for operation in executed if operation.time_us is not None]
     inside = sum(row["time_us"] or 0 for row in rows)
     return {
         "layers": rows,
-        "asked_int8": _share(rows, "asked", total),
-        "got_int8": _share(rows, "got", total),
         "other_time": max(0.0, 1 - inside / sum(times)) if times and sum(times) > 0 else None,
         "reason": "",
     }
@@ -75,16 +74,41 @@ def compare(asked: dict[str, dict[str, Any]], executed: list[Executed]) -> dict[
 
 def refusal(result: dict[str, Any]) -> str | None:
     """Why an engine is not what was asked, naming the layers; None where it is, or where nobody can tell."""
-    if not result["layers"] or not result["asked_int8"] or result["got_int8"] >= SUBSTANTIAL * result["asked_int8"]:
-        return None
-    missed = [row for row in result["layers"] if row["asked"] == "int8" and row["got"] != "int8"]
-    missed.sort(key=lambda row: -row["macs"])
-    names = ", ".join(f"{row['path']} ({row['got']})" for row in missed[:5]) + (", ..." if len(missed) > 5 else "")
-    return (
-        f"asked for int8, but only {result['got_int8']:.0%} of the multiply-accumulates run in it "
-        f"({result['asked_int8']:.0%} were asked); in other precisions: {names}"
-    )
+    lowered = [row for row in result["layers"] if row["asked"] != "float32"]
+    missed = [row for row in lowered if not _as_asked(row)]
+    away = [row for row in result["layers"] if row.get("elsewhere")]
+    names = " and ".join(sorted({row["asked"] for row in missed}))
+    places = " and ".join(sorted({row["elsewhere"] for row in away}))
+    for column, what in (("macs", "multiply-accumulates"), ("time_us", "time")):
+        if (share := _share(missed, lowered, column)) > SUBSTANTIAL:
+            others = _list(missed, column)
+            return f"asked for {names}, but only {1 - share:.0%} of the {what} of the layers asked so is in it; others: {others}"
+        if (share := _share(away, result["layers"], column)) > SUBSTANTIAL:
+            return f"{share:.0%} of the {what} is not where it was asked, but on the {places}: {_list(away, column)}"
+    return None
 
 
-def _share(rows: list[dict[str, Any]], column: str, total: int) -> float:
-    return sum(row["macs"] for row in rows if row[column] == "int8") / total if total else 0.0
+def summary(result: dict[str, Any]) -> str | None:
+    """How much runs as asked, in one line; None where nobody can tell, or where only float32 was asked."""
+    lines = []
+    for precision in sorted({row["asked"] for row in result["layers"]} - {"float32"}):
+        asked = [row for row in result["layers"] if row["asked"] == precision]
+        missed = [row for row in asked if not _as_asked(row)]
+        lines.append(f"{precision}: {1 - _share(missed, asked, 'macs'):.0%} of the multiply-accumulates asked in it run in it")
+    return "; ".join(lines) or None
+
+
+def _as_asked(row: dict[str, Any]) -> bool:
+    return bool(row["got"] == row["asked"]) and not row.get("elsewhere")
+
+
+def _share(part: list[dict[str, Any]], rows: list[dict[str, Any]], column: str) -> float:
+    total = sum(row[column] or 0 for row in rows)
+    return sum(row[column] or 0 for row in part) / total if total else 0.0
+
+
+def _list(rows: list[dict[str, Any]], column: str) -> str:
+    """The layers that weigh most, and what they run in."""
+    heaviest = sorted(rows, key=lambda row: -(row[column] or 0))[:5]
+    shown = [f"{row['path']} ({row['got']}{' on the ' + row['elsewhere'] if row.get('elsewhere') else ''})" for row in heaviest]
+    return ", ".join(shown) + (", ..." if len(rows) > 5 else "")

@@ -10,11 +10,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from edgekd.errors import BuildError, nearest
 
 Array = NDArray[Any]
 DYNAMIC = -1
+REPORTED = "reported.json"
+"""What ``report`` writes."""
 
 
 class WrongMachineError(BuildError):
@@ -72,10 +74,13 @@ class Availability:
 class Options(Protocol):
     """A backend's options: a frozen dataclass whose every value is recorded in the engine."""
 
-    precisions: ClassVar[tuple[str, ...]]
-    """What graphs the backend runs: float32, float16, int8."""
-    encoding: ClassVar[str]
-    """How an int8 graph must be written for it to run on integers: u8 or s8 (edgekd.export.qdq)."""
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What graphs it runs with these options: float32, float16, int8."""
+
+    @property
+    def encoding(self) -> str:
+        """How an int8 graph must be written for it to run on integers: u8 or s8 (edgekd.export.qdq)."""
 
     @property
     def name(self) -> str:
@@ -117,6 +122,8 @@ class Executed:
     """What it computes in: int8, float32, bfloat16, ..."""
     time_us: float | None = None
     """Its share of one inference, microseconds, where the library tells."""
+    elsewhere: str = ""
+    """Where it runs, if that is not where it was asked to: for instance CPU, when a GPU was asked."""
 
 
 class Backend(Protocol):
@@ -131,10 +138,11 @@ class Backend(Protocol):
         """What the engine's bytes depend on besides the model: library version, CPU flags or GPU capabilities."""
 
     def build(self, model: Path, options: Any, out: Path, /) -> list[str]:
-        """Write the engine's files into ``out`` and return their names.
+        """Write the engine's files into ``out`` and return their names; see also :func:`report`.
 
         Raises:
             BuildError: The library refuses the model; the message names the node where the library does.
+            WrongMachineError: This machine cannot do what was asked.
         """
 
     def executed(self, folder: Path, options: Any, /) -> list[Executed]:
@@ -175,6 +183,17 @@ def precision_refusal(name: str, precisions: tuple[str, ...], precision: str) ->
     if precision in precisions:
         return None
     return f"{name} here runs {', '.join(precisions)}; not {precision!r}{nearest(precision, list(precisions))}"
+
+
+def report(out: Path, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
+    """Hand over what a library says of its own settings while it builds: ``build_engine`` puts it into engine.json.
+
+    Args:
+        out: Where the engine is built.
+        settings: The library's name of each setting, and its value.
+        notes: What it made otherwise than asked, one sentence each.
+    """
+    (out / REPORTED).write_text(json.dumps({"reported": dict(settings), "notes": list(notes)}))
 
 
 def check_int(field: str, value: object, low: int, high: int) -> None:

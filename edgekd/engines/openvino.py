@@ -1,5 +1,8 @@
 """OpenVINO on the CPU.
 
+What was asked is compared with what the compiled model reports of itself: OpenVINO takes fewer threads and streams where the
+CPU has fewer cores, and another precision where the CPU lacks one, and says nothing.
+
 An engine is the blob that OpenVINO exports: the transformed model for this plugin. Importing it takes a fifth of the time of
 compiling the ONNX file, and gives the same outputs bit for bit. It is bound to the library's version.
 """
@@ -22,15 +25,23 @@ from edgekd.engines.base import (
     Availability,
     Executed,
     TensorSpec,
+    WrongMachineError,
     check_choice,
     check_feeds,
     check_int,
     native_log,
     precision_refusal,
+    report,
 )
 from edgekd.errors import BuildError, MissingDependency
 
 FILE = "model.blob"
+_PROFILED = 5
+"""Inferences; an operation's time is their median."""
+_REPORTED = (
+    *("NUM_STREAMS", "INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT", "EXECUTION_MODE_HINT"),
+    *("ENABLE_CPU_PINNING", "ENABLE_HYPER_THREADING", "EXECUTION_DEVICES"),
+)
 _PRECISIONS = {"u8": "int8", "i8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 """The runtime precision of an operation is that of what it reads."""
 
@@ -45,14 +56,20 @@ class OpenVinoOptions:
     name: Literal["openvino"] = "openvino"
     threads: int = 1
     """Threads that share one inference, 1 to 1024."""
-    inference_precision: Literal["f32", "bf16"] = "f32"
-    """What runs that is not quantized; OpenVINO would choose bf16 by itself on CPUs that have it."""
+    inference_precision: Literal["f32", "bf16", "f16"] = "f32"
+    """What runs that is not quantized, where the CPU has it; OpenVINO would choose bf16 by itself on CPUs that have it."""
+    hint: Literal["latency", "throughput"] = "latency"
+    """OpenVINO's performance hint: throughput splits threads among several inferences at once, and measuring runs one."""
+    streams: int = 1
+    """Inferences that could run at once, 1 to ``threads``, each on its share of the threads; measuring runs one."""
     device: Literal["CPU"] = "CPU"
     """OpenVINO's device name."""
 
     def __post_init__(self) -> None:
         check_int("threads", self.threads, 1, 1024)
-        check_choice("inference_precision", self.inference_precision, ("f32", "bf16"))
+        check_choice("inference_precision", self.inference_precision, ("f32", "bf16", "f16"))
+        check_choice("hint", self.hint, ("latency", "throughput"))
+        check_int("streams", self.streams, 1, self.threads)
         check_choice("device", self.device, ("CPU",))
 
     def unsupported(self, precision: str) -> str | None:
@@ -114,12 +131,14 @@ class OpenVino:
             with native_log(out / "build.log"):
                 core = library.Core()
                 compiled = core.compile_model(core.read_model(str(model)), options.device, _settings(options))
+                reported = {name: _plain(compiled.get_property(name)) for name in _REPORTED}
                 (out / FILE).write_bytes(compiled.export_model().getvalue())
         except RuntimeError as error:
             raise BuildError(
                 f"openvino cannot build {model}: {_line(error)}",
                 hint="check that the file is a whole ONNX model; export it again",
             ) from error
+        report(out, reported, _notes(options, reported))
         return [FILE]
 
     def executed(self, folder: Path, options: OpenVinoOptions) -> list[Executed]:
@@ -130,9 +149,13 @@ class OpenVino:
             compiled = library.Core().import_model((folder / FILE).read_bytes(), options.device, settings)
             request = compiled.create_infer_request()
             specs = [_spec(port) for port in compiled.inputs]
-            for _ in range(2):  # the first prepares
-                request.infer({spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs})
-            times = {info.node_name: info.real_time.total_seconds() * 1e6 for info in request.profiling_info}
+            feeds = {spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs}
+            request.infer(feeds)  # prepares
+            samples: dict[str, list[float]] = {}
+            for _ in range(_PROFILED):
+                request.infer(feeds)
+                for info in request.profiling_info:
+                    samples.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e6)
         except (OSError, RuntimeError) as error:
             raise BuildError(f"openvino cannot inspect {folder / FILE}: {_line(error)}", hint="build the engine again") from error
         found = []
@@ -140,7 +163,9 @@ class OpenVino:
             facts = {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
             names = tuple(name.split("/")[0] for name in facts.get("originalLayersNames", "").split(","))
             precision = _PRECISIONS.get(facts.get("runtimePrecision", ""), facts.get("runtimePrecision", "unknown"))
-            found.append(Executed(names, facts.get("layerType", "unknown"), precision, times.get(node.get_friendly_name())))
+            measured = samples.get(node.get_friendly_name())
+            time = float(np.median(measured)) if measured else None
+            found.append(Executed(names, facts.get("layerType", "unknown"), precision, time))
         return found
 
     def open(self, folder: Path, options: OpenVinoOptions) -> OpenVinoSession:
@@ -154,13 +179,38 @@ class OpenVino:
 
 def _settings(options: OpenVinoOptions) -> dict[str, Any]:
     return {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": options.hint.upper(),
+        "NUM_STREAMS": options.streams,
         "INFERENCE_NUM_THREADS": options.threads,
         "INFERENCE_PRECISION_HINT": options.inference_precision,
         # Not pinned: where the threads run is the system's choice for every engine alike.
         "ENABLE_CPU_PINNING": False,
     }
+
+
+def _notes(options: OpenVinoOptions, reported: Mapping[str, Any]) -> list[str]:
+    """Where the library did less than it was asked to, by its own account.
+
+    Raises:
+        WrongMachineError: It computes in another precision.
+    """
+    got = reported["INFERENCE_PRECISION_HINT"]
+    if got != options.inference_precision:
+        raise WrongMachineError(
+            f"inference_precision {options.inference_precision} was asked, and openvino computes in {got} on this CPU",
+            hint="choose one that this CPU has; f32 always is",
+        )
+    pairs = (("threads", options.threads, "INFERENCE_NUM_THREADS"), ("streams", options.streams, "NUM_STREAMS"))
+    return [f"asked for {count} {what}, openvino took {reported[key]}" for what, count, key in pairs if reported[key] != count]
+
+
+def _plain(value: Any) -> Any:
+    """A property as JSON holds it."""
+    if isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return getattr(value, "type_name", None) or getattr(value, "name", None) or str(value)  # a type, an enum
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -64,6 +64,7 @@ def _engine(cell: dict[str, Any], files: Files) -> dict[str, Any]:
         "ecdf": ecdf(record["samples_ns"]) if record.get("samples_ns") else None,
         "sensors": _sensors(record.get("sensors")),
         "audit": info.get("audit"),
+        "reported": info.get("reported"),
         "build_s": info.get("seconds"),
         "fingerprint": info.get("fingerprint"),
         "files": info.get("files"),

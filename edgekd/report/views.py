@@ -167,26 +167,33 @@ def bits(pairs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{pair['weight']}/{pair['activation']}" for pair in pairs) or units.NONE
 
 
-def int8_share(engine: dict[str, Any]) -> str:
-    """Which share of the multiply-accumulates the built engine runs in int8, as its library says."""
-    audit = engine["audit"]
-    return f"{100 * audit['got_int8']:.0f} %" if audit and audit.get("layers") else units.NONE
+def precision_share(engine: dict[str, Any]) -> str:
+    """Which share of the multiply-accumulates the built engine runs in its precision, as its library says."""
+    rows = (engine["audit"] or {}).get("layers") or []
+    got = sum(row["macs"] for row in rows if row["got"] == engine["precision"] and not row.get("elsewhere"))
+    total = sum(row["macs"] for row in rows)
+    return f"{100 * got / total:.0f} %" if total else units.NONE
+
+
+def _percent(part: float | None, whole: float) -> str:
+    return units.NONE if part is None or not whole else f"{100 * part / whole:.1f} %"
 
 
 def audit(engine: dict[str, Any]) -> Table:
     """The precision audit of one engine: per layer what was asked and what it runs in."""
     rows = (engine["audit"] or {}).get("layers") or []
-    total = sum(row["macs"] for row in rows) or 1
+    macs, time = (sum(row[column] or 0 for row in rows) for column in ("macs", "time_us"))
     return table(
-        "layer|operation|share of MACs >|asked|runs in|as|time, µs >",
+        "layer|operation|asked|runs in|as|share of MACs >|share of time >|time, µs >",
         [
             (
                 row["path"],
                 row["op"],
-                f"{100 * row['macs'] / total:.1f} %",
                 row["asked"],
-                row["got"],
+                row["got"] + (f" on the {row['elsewhere']}" if row.get("elsewhere") else ""),
                 row["kind"] or units.NONE,
+                _percent(row["macs"], macs),
+                _percent(row["time_us"], time),
                 units.number(row["time_us"]),
             )
             for row in rows
@@ -206,7 +213,7 @@ def engines(report: Report) -> Table:
                 units.role(engine["role"]),
                 engine["precision"],
                 status(engine),
-                int8_share(engine),
+                precision_share(engine),
                 units.metric(engine["metric"]),
                 *spread,
                 units.number(engine["first_ms"]),
@@ -215,7 +222,7 @@ def engines(report: Report) -> Table:
             )
         )
     times = "p50 ms >|p90 ms >|p99 ms >|mean ms >|first ms >"
-    return table(f"backend|model|precision|status|MACs in int8 >|{metric_name(report)} >|{times}|memory MiB >|size >", rows)
+    return table(f"backend|model|precision|status|MACs in it >|{metric_name(report)} >|{times}|memory MiB >|size >", rows)
 
 
 def status(engine: dict[str, Any]) -> str:

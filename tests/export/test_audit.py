@@ -55,8 +55,8 @@ def test_layers_are_the_modules_and_their_macs_are_torchs(twin, name, form):
 def test_both_cpu_engines_run_on_integers(audited, name, backend):
     pytest.importorskip(backend)
     result = audited(name, "u8", backend)
-    assert result["asked_int8"] == 1
-    assert result["got_int8"] == 1  # the last matrix product too
+    assert {(row["asked"], row["got"]) for row in result["layers"]} == {("int8", "int8")}  # the last matrix product too
+    assert audit.summary(result) == "int8: 100% of the multiply-accumulates asked in it run in it"
     assert all(row["time_us"] is not None and row["time_us"] >= 0 for row in result["layers"])
     assert 0 <= result["other_time"] < 1
     assert audit.refusal(result) is None
@@ -67,8 +67,8 @@ def test_a_float_engine_is_all_float(audited, backend):
     pytest.importorskip(backend)
     result = audited("resnet8", "float32", backend)
     assert {row["got"] for row in result["layers"]} == {"float32"}  # none is unknown: every layer was found by its name
-    assert result["asked_int8"] == result["got_int8"] == 0
     assert audit.refusal(result) is None
+    assert audit.summary(result) is None
 
 
 def test_an_encoding_that_does_not_fit_the_engine_is_refused_by_name(audited):
@@ -87,6 +87,7 @@ def test_what_cannot_be_inspected_here_says_so(audited):
     assert result["layers"] == []
     assert "not inspected" in result["reason"]
     assert audit.refusal(result) is None
+    assert audit.summary(result) is None
 
 
 def row(node, macs_, asked="int8", outputs=()):
@@ -107,15 +108,59 @@ def test_the_shares_by_hand():
         ("path.b", "float32"),
         ("path.c", "unknown"),
     ]
-    assert result["asked_int8"] == pytest.approx(0.9)
-    assert result["got_int8"] == pytest.approx(0.6)
+    assert audit.summary(result) == "int8: 67% of the multiply-accumulates asked in it run in it"
     assert result["other_time"] == pytest.approx(0.3)
-    assert audit.refusal(result) is None  # two thirds of what was asked
+    assert audit.refusal(result) is None  # two thirds of what was asked, and five sevenths of its time
 
 
 def test_a_refusal_names_the_heaviest_first_and_counts_unknown_ones():
     asked = {name: row(name, count) for name, count in (("a", 10), ("b", 70), ("c", 20))}
     result = audit.compare(asked, [Executed(("c",), "QLinearConv", "int8", 1.0), Executed(("b",), "Conv", "float32", 1.0)])
     refusal = audit.refusal(result)
-    assert "only 20% of the multiply-accumulates run in it (100% were asked)" in refusal
+    assert "asked for int8, but only 20% of the multiply-accumulates of the layers asked so is in it" in refusal
     assert refusal.endswith("path.b (float32), path.a (unknown)")
+
+
+def test_few_macs_that_take_most_of_the_time_are_refused_too():
+    """A fast int8 engine whose one float layer eats the gain."""
+    asked = {"a": row("a", 90), "b": row("b", 10), "c": row("c", 500, asked="float32")}
+    executed = [
+        Executed(("a",), "QLinearConv", "int8", 3.0),
+        Executed(("b",), "Conv", "float32", 7.0),
+        Executed(("c",), "Conv", "float32", 90.0),  # asked so: neither its MACs nor its time count
+    ]
+    refusal = audit.refusal(audit.compare(asked, executed))
+    assert refusal == "asked for int8, but only 30% of the time of the layers asked so is in it; others: path.b (float32)"
+    executed[1] = Executed(("b",), "Conv", "float32", 2.9)
+    assert audit.refusal(audit.compare(asked, executed)) is None
+    silent = [Executed(("a",), "QLinearConv", "int8"), Executed(("b",), "Conv", "float32")]
+    assert audit.refusal(audit.compare(asked, silent)) is None  # a library that tells no times is held to the MACs alone
+
+
+def test_float16_is_held_to_what_was_asked_as_int8_is():
+    asked = {"a": row("a", 60, asked="float16"), "b": row("b", 40, asked="float16"), "c": row("c", 900, asked="float32")}
+    executed = [Executed((name,), "Conv", "float32", 1.0) for name in asked]
+    refusal = audit.refusal(audit.compare(asked, executed))
+    assert refusal.startswith("asked for float16, but only 0% of the multiply-accumulates")
+    halves = [Executed((name,), "Conv", "float16", 1.0) for name in asked]
+    assert audit.refusal(audit.compare(asked, halves)) is None
+    lower = [Executed((name,), "Conv", "bfloat16", 1.0) for name in asked]
+    assert audit.refusal(audit.compare(asked, lower)) is not None  # another half is not what was asked
+
+
+def test_layers_that_run_elsewhere_are_refused_in_every_precision():
+    asked = {"a": row("a", 60, asked="float32"), "b": row("b", 40, asked="float32")}
+    executed = [Executed(("a",), "Conv", "float32", 1.0, "CPU"), Executed(("b",), "Conv", "float32", 1.0)]
+    result = audit.compare(asked, executed)
+    refusal = audit.refusal(result)
+    assert refusal == "60% of the multiply-accumulates is not where it was asked, but on the CPU: path.a (float32 on the CPU)"
+    asked["b"]["macs"] = 90
+    assert audit.refusal(audit.compare(asked, executed)) is None
+
+
+def test_the_audit_of_an_earlier_version_is_judged_the_same_way():
+    """engine.json once held shares of int8 beside its rows; the rows are what counts."""
+    rows = [{"path": "a", "op": "Conv", "macs": 10, "asked": "int8", "got": "float32", "kind": "Conv", "time_us": 1.0}]
+    old = {"layers": rows, "asked_int8": 1.0, "got_int8": 0.0, "other_time": 0.0, "reason": ""}
+    assert audit.refusal(old).startswith("asked for int8, but only 0%")
+    assert audit.summary(old) == "int8: 0% of the multiply-accumulates asked in it run in it"

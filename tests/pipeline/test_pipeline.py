@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from edgekd import deployment
 from edgekd.artifacts import read_artifact
 from edgekd.errors import ArtifactError, BudgetExceeded, EdgekdError, TrainingError
 from edgekd.models.config import ModelConfig
@@ -162,6 +163,27 @@ def test_one_failing_engine_does_not_cost_the_others(tiny, run, monkeypatch):
     assert [engine["status"] for engine in outcome.report["engines"]] == ["failed", "measured"]
     assert "out of order" in outcome.report["engines"][0]["reason"]
     assert outcome.failures == ["onnxruntime float32: out of order"]
+
+
+def test_an_engine_that_is_not_what_was_asked_fails_and_allow_fallback_measures_it(tiny, run, monkeypatch):
+    """And --allow-fallback changes no artifact: what was built is found again."""
+    del tiny["teacher"], tiny["compare"]
+    tiny["stages"] = [{"kind": "finetune", "train": {"epochs": 1, "batch_size": 100, "lr": 0.1}}]
+    tiny["deploy"] = [{"backend": {"name": "onnxruntime"}, "precision": ["float32"]}]
+    monkeypatch.setattr(deployment.audit, "refusal", lambda _: "asked for int8, but it runs otherwise")
+    outcome, _ = run(tiny)
+    (engine,) = outcome.report["engines"]
+    assert engine["status"] == "failed"
+    assert engine["reason"].startswith("asked for int8, but it runs otherwise")
+    assert "allow_fallback: true" in engine["reason"]
+    assert "--allow-fallback" in engine["reason"]
+    again, _ = run(tiny, allow_fallback=True)
+    (engine,) = again.report["engines"]
+    assert engine["status"] == "measured"
+    steps = {step["stage"]: step["status"] for step in json.loads((again.folder / "run.json").read_text())["steps"]}
+    assert steps.pop("bench") == "done"
+    assert set(steps) >= {"finetune", "export", "engine"}
+    assert set(steps.values()) == {"reused"}
 
 
 def test_parity_that_fails_stops_the_engines_that_need_the_file(tiny, run):

@@ -375,13 +375,13 @@ def test_the_precision_audit_is_shown_for_every_int8_engine(full):
     """What each layer runs in, from engine.json alone."""
     data, page, md = outputs(full)
     engine = next(engine for engine in data["engines"] if engine["precision"] == "int8" and engine["audit"])
-    assert views.int8_share(engine) == "75 %"
+    assert views.precision_share(engine) == "75 %"
     shown = views.audit(engine)
     assert shown.rows == [
-        ("stem.0", "Conv", "75.0 %", "int8", "int8", "QLinearConv", "3.20"),
-        ("fc", "Conv", "25.0 %", "int8", "float32", "Gemm", "3.20"),
+        ("stem.0", "Conv", "int8", "int8", "QLinearConv", "75.0 %", "50.0 %", "3.20"),
+        ("fc", "Conv", "int8", "float32", "Gemm", "25.0 %", "50.0 %", "3.20"),
     ]
-    assert views.int8_share({**engine, "audit": {"layers": [], "reason": "built, not inspected"}}) == "–"
+    assert views.precision_share({**engine, "audit": {"layers": [], "reason": "built, not inspected"}}) == "–"
     assert ("precision audit", "not here") in facts.of_engine({**engine, "audit": {"layers": [], "reason": "not here"}}).rows
     assert f"Precision audit of {engine['title']}" in unescaped(md)
     for row in shown.rows:
