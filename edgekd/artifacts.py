@@ -211,11 +211,6 @@ class Store:
         try:
             partial.mkdir()
             yield draft
-            files = {
-                path.relative_to(partial).as_posix(): {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
-                for path in sorted(partial.rglob("*"))
-                if path.is_file()
-            }
             manifest = {
                 "schema": SCHEMA,
                 "kind": kind,
@@ -226,7 +221,7 @@ class Store:
                 "config": config,
                 "metrics": draft.metrics,
                 "environment": environment,
-                "files": files,
+                "files": file_table(partial),
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(time.monotonic() - start if draft.seconds is None else draft.seconds, 3),
             }
@@ -295,13 +290,34 @@ def _check_manifest(data: Mapping[str, Any]) -> None:
         raise ValueError(f"kind {data['kind']!r}; allowed: {', '.join(KINDS)}")
     types = {
         **dict.fromkeys(("id", "stage", "role", "created"), str),
-        **dict.fromkeys(("config", "metrics", "environment", "files"), dict),
+        **dict.fromkeys(("config", "metrics", "environment"), dict),
         "parents": list,
     }
     for name, expected in types.items():
         if not isinstance(data[name], expected):
             raise ValueError(f"{name} is {type(data[name]).__name__} instead of {expected.__name__}")
-    for name, entry in data["files"].items():
+    check_file_table(data["files"])
+
+
+def file_table(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest holds of every file in a folder: name -> sha256, size_bytes."""
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def check_file_table(files: Any) -> None:
+    """Refuse a table that :func:`file_table` did not make.
+
+    Raises:
+        KeyError: A size or a hash is missing.
+        ValueError: It is no table, a size or a hash has another type, or a file lies outside the folder.
+    """
+    if not isinstance(files, dict):
+        raise ValueError(f"files is {type(files).__name__} instead of dict")
+    for name, entry in files.items():
         if not isinstance(entry["size_bytes"], int) or not isinstance(entry["sha256"], str):
             raise ValueError(f"files: size_bytes and sha256 of {name!r} are not a number and a text")
         inside = PurePosixPath(name)
@@ -315,15 +331,47 @@ def check_files(artifact: Artifact) -> None:
     Raises:
         ArtifactError: A file is missing, truncated or changed; the message names it.
     """
-    for name, expected in artifact.files.items():
-        path = artifact.folder / name
+    for problem in file_problems(artifact.folder, artifact.files):
+        raise ArtifactError(problem)
+
+
+def file_problems(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What is wrong with the files of a table, one line each: missing, truncated or changed."""
+    for name, expected in files.items():
+        path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"its file {name} is missing")
-        size = path.stat().st_size
-        if size != expected["size_bytes"]:
-            raise ArtifactError(f"its file {name} has {size} bytes instead of {expected['size_bytes']}")
-        if file_sha256(path) != expected["sha256"]:
-            raise ArtifactError(f"its file {name} has changed (sha256 differs)")
+            yield f"its file {name} is missing"
+        elif (size := path.stat().st_size) != expected["size_bytes"]:
+            yield f"its file {name} has {size} bytes instead of {expected['size_bytes']}"
+        elif file_sha256(path) != expected["sha256"]:
+            yield f"its file {name} has changed (sha256 differs)"
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Write a folder that is whole or absent: the block fills a temporary one beside it, which is synced and renamed.
+
+    Args:
+        final: Where the folder goes; its parents are made.
+
+    Raises:
+        ArtifactError: There is something already, or the disk refuses.
+    """
+    if final.exists() or final.is_symlink():
+        raise ArtifactError(f"{final} exists already", hint="give another folder, or remove this one")
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # of one that was killed
+        partial.mkdir()
+        yield partial
+        _sync(partial)
+        partial.rename(final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise ArtifactError(f"{final} cannot be written: {error}", hint="give another folder, or free some space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from edgekd import __version__
-from edgekd.errors import BudgetExceeded, EdgekdError, RecipeError
+from edgekd.errors import BudgetExceeded, EdgekdError, RecipeError, UsageError
 
 app = typer.Typer(
     name="edgekd",
@@ -41,7 +41,7 @@ def main() -> None:
             print(f"error: {line}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, RecipeError) else 3 if isinstance(error, BudgetExceeded) else 1)
+        sys.exit(2 if isinstance(error, RecipeError | UsageError) else 3 if isinstance(error, BudgetExceeded) else 1)
 
 
 def _version(show: bool) -> None:
@@ -196,6 +196,46 @@ def bench(
 
     result = standalone.bench(models, backend=backend, threads=threads, batch=batch, seconds=seconds)
     print(json.dumps(result, indent=1) if as_json else "\n".join(standalone.lines(result)))
+
+
+@app.command(epilog="Example: edgekd bundle runs/quickstart --backend onnxruntime --precision int8 --out classifier")
+def bundle(
+    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
+    backend: Annotated[str | None, typer.Option(help="Of the student's engines, that of this backend.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the student's engines, that of this precision.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine in this folder of the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; it must not exist.", show_default="RUN/bundle-BACKEND-PRECISION")
+    ] = None,
+) -> None:
+    """Write an engine as a folder to copy to a device: by default the one that the report's answer is about."""
+    from edgekd.bundle import make
+
+    try:
+        found = make.make(run, choice=make.Choice(backend, precision, engine), out=out)
+    except KeyboardInterrupt:
+        print("stopped; no bundle was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print("\n".join(make.lines(found)))
+
+
+@app.command("check-bundle", epilog="Example: edgekd check-bundle classifier --rebuild classifier-here")
+def check_bundle(
+    folder: Annotated[Path, typer.Argument(help="A folder that edgekd bundle wrote.", show_default=False)],
+    rebuild: Annotated[
+        Path | None,
+        typer.Option(help="Build the engine for this machine from the bundled model, as a new bundle here.", show_default=False),
+    ] = None,
+) -> None:
+    """Check a bundle on this machine: are its files whole, does its engine run here, does it give what it gave before?"""
+    from edgekd.bundle import check
+
+    try:
+        found = check.check(folder) if rebuild is None else check.rebuild(folder, rebuild)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print("\n".join(check.lines(found)))
 
 
 @app.command(epilog="Example: edgekd report runs/quickstart")

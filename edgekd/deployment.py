@@ -162,7 +162,13 @@ class Deployment:
     def _export(self, checkpoint: Checkpoint, encoding: str) -> Artifact:
         versions = {library: version(library) for library in (*EXPORT_LIBRARIES, "onnxruntime")}
         config = {"encoding": encoding, **self.recipe.export.model_dump(mode="json")}
-        inputs = {"kind": "onnx", "checkpoint": checkpoint.id, "config": config, "data": self.dataset.fingerprint}
+        inputs = {
+            "kind": "onnx",
+            "checkpoint": checkpoint.id,
+            "config": config,
+            "data": self.dataset.fingerprint,
+            "postprocessing": self.task.postprocessing(self.dataset.classes),
+        }
 
         def fill(folder: Path) -> dict[str, Any]:
             self.display.say(f"exporting {checkpoint.stage} ({checkpoint.role}) as ONNX, {encoding}")

@@ -2,6 +2,7 @@
 
 EdgekdError             a message that says what is wrong and where, and a hint that says the next action
  |- RecipeError         a recipe that cannot be run; the command exits with 2
+ |- UsageError          a command that asks for what is not there; the command exits with 2
  |- MissingDependency   an optional package is needed; the hint is the install command
  |- DataError           images or labels that cannot be read or used
  |- ArtifactError       a stored artifact is missing, damaged or in use
@@ -34,6 +35,10 @@ class EdgekdError(Exception):
 
 class RecipeError(EdgekdError):
     """A recipe that cannot be run."""
+
+
+class UsageError(EdgekdError):
+    """A command asks for something that is not there, or for no one thing."""
 
 
 class MissingDependency(EdgekdError):  # noqa: N818  # the package is missing; the error is what the base says

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekd.artifacts import write_json
 from edgekd.engines import audit, options_from
+from edgekd.engines.graph import tensors
 from edgekd.engines.onnx_layers import layers
 from edgekd.errors import BuildError, EdgekdError
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult
@@ -146,18 +147,8 @@ def _describe(model: Path) -> dict[str, Any]:
         graph = onnx.load(str(model), load_external_data=False).graph
     except Exception as error:
         raise BuildError(f"{model} cannot be read as ONNX: {error}", hint="is the file whole?") from error
-    weights = {tensor.name for tensor in graph.initializer}
-
-    def spec(value: Any) -> dict[str, Any]:
-        tensor = value.type.tensor_type
-        shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-        return {
-            "name": value.name,
-            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name,
-            "shape": shape,
-        }
-
-    inputs = [spec(value) for value in graph.input if value.name not in weights]
+    found = tensors(onnx, graph)
+    inputs = found["inputs"]
     if len(inputs) != 1 or len(inputs[0]["shape"]) != 4 or inputs[0]["dtype"] != "float32" or -1 in inputs[0]["shape"][1:]:
         raise BuildError(
             f"{model} has the inputs {inputs}; one float32 image batch [N, C, H, W] with fixed C, H and W is expected",
@@ -165,7 +156,7 @@ def _describe(model: Path) -> dict[str, Any]:
         )
     channels = inputs[0]["shape"][1]
     preprocessing = {**PLAIN, "mean": [0.0] * channels, "std": [1.0] * channels}
-    return {"inputs": inputs, "outputs": [spec(value) for value in graph.output], "preprocessing": preprocessing}
+    return {**found, "preprocessing": preprocessing}
 
 
 def _images(engine: Path, batch: int) -> np.ndarray[Any, Any]:

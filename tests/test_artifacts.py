@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgekd
-from edgekd.artifacts import MANIFEST, SCHEMA, BenchRecord, Checkpoint, Store, check_files, content_id, file_sha256, read_artifact
+from edgekd.artifacts import (
+    MANIFEST,
+    SCHEMA,
+    BenchRecord,
+    Checkpoint,
+    Store,
+    check_files,
+    content_id,
+    file_sha256,
+    read_artifact,
+    whole_folder,
+)
 from edgekd.artifacts import write_json as write
 from edgekd.errors import ArtifactError
 
@@ -407,3 +418,27 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(ValueError, match="Circular"):
         write(tmp_path / "run.json", (lambda loop: loop.append(loop) or loop)([]))
     assert json.loads((tmp_path / "run.json").read_text()) == {"steps": [1]}
+
+
+def test_a_whole_folder_or_none(tmp_path):
+    with whole_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    with pytest.raises(ArtifactError, match="exists already"), whole_folder(tmp_path / "a" / "b"):
+        pass
+
+    def interrupted():
+        with whole_folder(tmp_path / "c") as folder:
+            (folder / "file").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_whole_folder_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"), whole_folder(tmp_path / "file" / "b"):
+        pass

@@ -30,6 +30,8 @@ COMMANDS = {
     "methods": ["--json"],
     "backends": ["--json"],
     "bench": ["models", "--backend", "--threads", "--batch", "--seconds", "--json"],
+    "bundle": ["run", "--backend", "--precision", "--engine", "--out"],
+    "check-bundle": ["folder", "--rebuild"],
     "report": ["run", "--out"],
     "doctor": ["--json"],
 }

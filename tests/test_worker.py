@@ -140,7 +140,7 @@ def test_the_deployment_half_needs_neither_torch_nor_pydantic():
 import sys
 for name in ("torch", "pydantic"):
     sys.modules[name] = None
-import edgekd.worker, edgekd.targets, edgekd.doctor, edgekd.bench.compare
+import edgekd.worker, edgekd.targets, edgekd.doctor, edgekd.bench.compare, edgekd.bundle.check
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & {"onnxruntime", "openvino", "tensorrt", "pycuda", "tensorrt_rtx", "onnx", "psutil", "pynvml"}, loaded
 assert "numpy" in loaded

@@ -208,20 +208,25 @@ def open_engine(folder: Path) -> Session:
     """Open an engine in this process, if this is the kind of machine that it was built for.
 
     Raises:
-        BuildError: It is damaged, or was built with another version of the library or for another instruction set.
-        WrongMachineError: This machine cannot run it.
+        BuildError: It is damaged.
+        MissingDependency: The library is not installed.
+        WrongMachineError: This machine cannot run it: another version of the library, another instruction set, no GPU.
     """
     info = read_engine(folder)
     maker = backend(info.options.name)
     here = maker.fingerprint(info.options)
     for key, built in info.fingerprint.items():
         if key != "cpu" and here.get(key) != built:  # two CPU models with the same instruction set are alike
-            raise BuildError(
-                f"engine {folder} was built with {key} {_text(built)}; here it is {_text(here.get(key))}",
+            raise WrongMachineError(
+                f"engine {folder} was built {_difference(key, built, here.get(key))}",
                 hint="build the engine again on this machine",
             )
     return maker.open(folder, info.options)
 
 
-def _text(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _difference(key: str, built: object, here: object) -> str:
+    if not isinstance(built, list) or not isinstance(here, list):
+        return f"with {key} {built}; here it is {here}"
+    lacking, surplus = (" ".join(str(each) for each in one if each not in other) for one, other in ((built, here), (here, built)))
+    with_ = f"with {key} {lacking}, which this machine lacks" if lacking else ""
+    return ", and ".join(filter(None, [with_, f"without {key} {surplus}, which this machine has" if surplus else ""]))

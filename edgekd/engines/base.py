@@ -52,11 +52,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Io:
-    """io.json: what goes into a model, what comes out, and how an image becomes an input."""
+    """io.json: what goes into a model, what comes out, how an image becomes an input, and what the outputs mean."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     preprocessing: Mapping[str, Any]
+    postprocessing: Mapping[str, Any] | None = None
+    """None for a foreign model, which does not say."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def read_io(path: Path) -> Io:
             np.dtype(spec.dtype)
         if not inputs or not outputs:
             raise ValueError("no inputs or no outputs")
-        return Io(inputs, outputs, data["preprocessing"])
+        return Io(inputs, outputs, data["preprocessing"], data.get("postprocessing"))
     except FileNotFoundError as error:
         raise BuildError(f"{path} does not exist; it must lie beside the model", hint="export the model with edgekd") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -25,7 +25,7 @@ def paths(model: Any) -> dict[str, str]:
     for node in model.graph.node if known else ():
         own = next((prop.value for prop in node.metadata_props if prop.key == PATH), "")
         path = own or next((behind[name] for name in node.input if behind.get(name)), "")
-        found[node.name] = path or INPUT
+        found[node.name] = path or model.graph.input[0].name
         behind.update(dict.fromkeys(node.output, path))
     return found
 

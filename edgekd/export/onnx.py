@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekd.engines import graph
 from edgekd.engines.onnx_layers import PATH, layers, paths, sizes
 from edgekd.errors import ExportError
 from edgekd.export.bisect import mark
@@ -103,21 +103,7 @@ def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[
     """io.json: inputs, outputs (name, dtype, shape with -1 where the size is free), preprocessing, precision."""
     import onnx
 
-    def spec(value: Any) -> dict[str, Any]:
-        tensor = value.type.tensor_type
-        shape = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-        return {
-            "name": value.name,
-            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name,
-            "shape": shape,
-        }
-
-    return {
-        "inputs": [spec(value) for value in model.graph.input],
-        "outputs": [spec(value) for value in model.graph.output],
-        "preprocessing": preprocessing,
-        "precision": precision,
-    }
+    return {**graph.tensors(onnx, model.graph), "preprocessing": preprocessing, "precision": precision}
 
 
 def save(model: Any, path: Path) -> None:

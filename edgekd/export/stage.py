@@ -65,7 +65,8 @@ def run(
     path = folder / "model.onnx"
     onnx.save(model, path)
     write_json(folder / "layers.json", onnx.layers(model))
-    write_json(folder / "io.json", onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding))
+    io = onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding)
+    write_json(folder / "io.json", {**io, "postprocessing": task.postprocessing(dataset.classes)})
     findings = lint.lint(model, encoding)
     write_json(folder / "lint.json", lint.as_json(findings))
     lint.refuse(findings)

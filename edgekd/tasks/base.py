@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -35,3 +35,6 @@ class Task(Protocol):
 
     def decisions(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """What a user of the model would act on; parity counts how many of them change."""
+
+    def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The same as data, for io.json: ``kind`` and its parameters (edgekd.engines.postprocess)."""

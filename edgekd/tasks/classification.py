@@ -5,7 +5,7 @@ Shape letters: N images, B images of a batch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -85,6 +85,10 @@ class Classification:
     def decisions(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """The class of each image: int64 [N] from [N, K]."""
         return np.argmax(logits, axis=1)
+
+    def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Logits, and the classes' names in their order."""
+        return {"kind": self.kind, "output": self.output_names[0], "classes": list(classes)}
 
 
 def _accuracy(*, all_processes: bool) -> Metric:

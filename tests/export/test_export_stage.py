@@ -51,6 +51,7 @@ def test_files_and_io(tmp_path, twin, digits, encoding):
     io = read_io(out / "io.json")
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.inputs] == [("images", "float32", (-1, 3, 32, 32))]
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.outputs] == [("logits", "float32", (-1, 10))]
+    assert io.postprocessing == {"kind": "classification", "output": "logits", "classes": list(digits.classes)}
     precision = json.loads((out / "io.json").read_text())["precision"]
     assert precision == ("int8" if encoding in ("u8", "s8") else encoding)
     assert metrics["size_bytes"] == (out / "model.onnx").stat().st_size
