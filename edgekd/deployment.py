@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from edgekd import __version__
+from edgekd import __version__, engine_parity
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
 from edgekd.data.base import Dataset
 from edgekd.display import Display
 from edgekd.engines import audit, options_dict
 from edgekd.engines import backend as find_backend
 from edgekd.errors import BuildError, EdgekdError
-from edgekd.export import lint
+from edgekd.export import lint, parity
 from edgekd.export import stage as export_stage
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
 from edgekd.recipe import DeployConfig, Recipe
@@ -58,6 +58,8 @@ class Deployment:
         # What a measurement depends on: on another machine, or with another GPU, it is made again.
         self.host = {"cpu": record["environment"]["cpu"], "gpus": [gpu["name"] for gpu in record["environment"]["gpus"]]}
         self.exported: dict[tuple[str, str], Artifact | EdgekdError] = {}
+        self.references: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+        """What each ONNX file gives for the images on which engines are compared with it."""
         self.slower: list[str] = []
         """What was compressed and did not get faster: the run has failed, and says so."""
 
@@ -119,6 +121,7 @@ class Deployment:
             "onnx": None,
             "engine": None,
             "bench": None,
+            "parity": None,
         }
         self.record["doing"] = f"{entry.backend.name} {precision} {role}"
         try:
@@ -134,12 +137,13 @@ class Deployment:
                     refused,
                     hint="to measure it all the same: allow_fallback: true in this entry of deploy, or --allow-fallback for all",
                 )
-            bench = self._bench(engine, entry, role, inputs)
+            bench = self._bench(onnx, engine, entry, cell, inputs)
             if isinstance(bench, JobResult):
                 cell = _unfinished(cell, bench)
                 cell["status"] = "built" if bench.status == "skipped" else cell["status"]
                 return cell
             cell["bench"] = bench.folder.name
+            cell["parity"] = bench.json("record.json")["parity"]
             cell["status"] = "measured"
         except EdgekdError as error:
             cell["reason"] = error.message + (f" ({error.hint})" if error.hint else "")
@@ -209,32 +213,70 @@ class Deployment:
 
         return self._or_result("engine", "engine", role, inputs, (onnx.id,), config, fingerprint, fill)
 
-    def _bench(self, engine: Artifact, entry: DeployConfig, role: str, images: dict[str, Path]) -> Artifact | JobResult:
-        measure = self.recipe.measure
+    def _bench(
+        self, onnx: Artifact, engine: Artifact, entry: DeployConfig, cell: dict[str, Any], images: dict[str, Path]
+    ) -> Artifact | JobResult:
+        measure, role = self.recipe.measure, cell["role"]
         config: dict[str, Any] = {"batch": entry.batch, "warmup_s": measure.warmup_s, "duration_s": measure.duration_s}
-        inputs = {"kind": "bench", "engine": engine.id, "config": config, "host": self.host, "data": self.dataset.fingerprint}
+        allowed = self.recipe.export.model_dump(mode="json", include={"parity_images", "max_error", "max_changed"})
+        inputs = {
+            "kind": "bench",
+            "engine": engine.id,
+            "config": config,
+            "parity": allowed,
+            "host": self.host,
+            "data": self.dataset.fingerprint,
+        }
 
         def fill(folder: Path) -> dict[str, Any]:
             self.display.say(f"measuring {engine.config['backend']['name']} {engine.config['precision']} ({role})")
-            folder_name = str(engine.folder)
-            bench = self._job(BenchJob(engine=folder_name, inputs=str(images["bench"]), **config)).payload
-            outputs = self.store.root / "work" / "job" / "outputs.npz"
-            self._job(
-                PredictJob(
-                    engine=folder_name,
-                    inputs=str(images["predict"]),
-                    out=str(outputs),
-                    batch=min(32, len(self.dataset.test.labels)),
-                )
-            )
-            with np.load(outputs, allow_pickle=False) as arrays:
-                value = self.task.evaluate(dict(arrays), self.dataset.test.labels)
-            outputs.unlink()
+            outputs = self._predict(engine, images["predict"])
+            hop = self._parity(onnx, engine, outputs, cell)
+            value = self.task.evaluate(outputs, self.dataset.test.labels)
             metric = {"name": self.task.metric_name, "value": value, "images": len(self.dataset.test.labels)}
-            write_json(folder / "record.json", {**bench, "metric": metric})
+            bench = self._job(BenchJob(engine=str(engine.folder), inputs=str(images["bench"]), **config)).payload
+            write_json(folder / "record.json", {**bench, "metric": metric, "parity": hop})
             return {"metric": metric, "latency_ms": bench["latency_ms"], "valid": bench["valid"]}
 
         return self._or_result("bench", "bench", role, inputs, (engine.id,), config, self.host, fill)
+
+    def _predict(self, engine: Artifact, images: Path) -> dict[str, np.ndarray[Any, Any]]:
+        """All outputs of an engine on the test split."""
+        path = self.store.root / "work" / "job" / "outputs.npz"
+        batch = min(32, len(self.dataset.test.labels))
+        self._job(PredictJob(engine=str(engine.folder), inputs=str(images), out=str(path), batch=batch))
+        with np.load(path, allow_pickle=False) as arrays:
+            outputs = dict(arrays)
+        path.unlink()
+        return outputs
+
+    def _parity(
+        self, onnx: Artifact, engine: Artifact, outputs: dict[str, np.ndarray[Any, Any]], cell: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Compare an engine with its ONNX file, on the first images of the test split; what was found is kept in the cell too.
+
+        Raises:
+            ParityError: They disagree; the message has the numbers and the layer.
+        """
+        backend = engine.config["backend"]
+        if backend["name"] == "null":
+            return {"reason": "the null backend computes nothing"}
+        test = self.dataset.test
+        images = test.images[: self.recipe.export.parity_images]
+        if onnx.id not in self.references:
+            self.references[onnx.id] = engine_parity.reference(onnx, np.array(images))
+        found, metric, allowed = engine_parity.measure(
+            self.references[onnx.id], outputs, test.labels, onnx, backend, self.task, self.recipe.export
+        )
+        cell["parity"] = {"split": "test", **parity.evidence(found, metric, allowed)}
+
+        def where(failed: parity.OutputParity) -> str:
+            self.display.say(f"searching the layer at which {backend['name']} {cell['precision']} goes wrong")
+            array = outputs[failed.output][: len(images)]
+            return engine_parity.where(failed, onnx, backend, images, array, allowed, self.target.run)
+
+        parity.check(found, metric, allowed, what=f"the {backend['name']} engine", than="its ONNX file", where=where)
+        return dict(cell["parity"])
 
     def _compare(self, entry: DeployConfig, group: list[int], images: Path) -> None:
         """Measure the cells of one deploy entry interleaved; the float32 student is the reference where there is one."""

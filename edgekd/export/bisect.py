@@ -277,7 +277,7 @@ def first_wrong(graph: Graph, output: str, error_at: Callable[[str], float], lim
         graph: With its points.
         output: A tensor that is wrong.
         error_at: Measures one point; asked once for each.
-        limit: A point with a larger error is wrong.
+        limit: A point with a larger error is wrong, and so is one with more than half of the output's.
     """
     errors: dict[str, float] = {}
 
@@ -287,6 +287,7 @@ def first_wrong(graph: Graph, output: str, error_at: Callable[[str], float], lim
         return not errors[tensor] <= limit
 
     wrong(output)
+    limit = min(limit, errors[output] / 2)  # an output may fail by its decisions alone
     while True:
         earlier = graph.before(output)
         low, high = -1, len(earlier)

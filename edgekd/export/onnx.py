@@ -106,6 +106,13 @@ def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[
     return {**graph.tensors(onnx, model.graph), "preprocessing": preprocessing, "precision": precision}
 
 
+def load(path: Path) -> Any:
+    """Read a file that :func:`save` wrote."""
+    import onnx
+
+    return onnx.load(path)
+
+
 def save(model: Any, path: Path) -> None:
     """Write the file.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ def check(
     *,
     what: str = "the ONNX file",
     than: str = "torch",
-    where: Callable[[], str] = lambda: "",
+    where: Callable[[OutputParity], str] = lambda _: "",
 ) -> dict[str, Any]:
     """Hold the differences against their limits.
 
@@ -115,7 +114,7 @@ def check(
         limits: What is allowed.
         what: The later form, for messages.
         than: The earlier one.
-        where: Asked only on failure: a sentence that says in which layer it goes wrong.
+        where: Asked only on failure, for the output that failed: the end of a sentence that says in which layer it goes wrong.
 
     Returns:
         What parity.json holds of this hop: outputs, allowed, metric.
@@ -128,10 +127,15 @@ def check(
         if not (parity.max_error <= limits.max_error and few):  # not finite fails too
             raise ParityError(
                 f"{what} disagrees with {than}: {_measured(parity, metric)}; "
-                f"allowed: {limits.max_error:.0e} and {limits.max_changed:.2%}{where()}",
+                f"allowed: {limits.max_error:.0e} and {limits.max_changed:.2%}{where(parity)}",
                 hint="raise export.max_error or export.max_changed only if you know why they differ",
             )
-    return {"outputs": [asdict(parity) for parity in found], "allowed": dataclasses.asdict(limits), "metric": metric}
+    return evidence(found, metric, limits)
+
+
+def evidence(found: Sequence[OutputParity], metric: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any]:
+    """One hop as JSON holds it: outputs, allowed, metric."""
+    return {"outputs": [asdict(parity) for parity in found], "allowed": asdict(limits), "metric": metric}
 
 
 def _measured(parity: OutputParity, metric: Mapping[str, Any] | None) -> str:

@@ -18,18 +18,18 @@ from edgekd.export.qdq import ENCODINGS, encode
 from edgekd.quantize import stage as quantize_stage
 from edgekd.tasks.base import Task
 
-MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "u8": 0.1, "s8": 0.1}
-MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "u8": 0.05, "s8": 0.05}
+MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "bf16": 0.1, "u8": 0.1, "s8": 0.1}
+MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "bf16": 0.05, "u8": 0.05, "s8": 0.05}
 """Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up."""
 
 
 class ExportConfig(Config):
-    """How checkpoints become ONNX, and how closely the file must agree with torch."""
+    """How checkpoints become ONNX, and how closely the file must agree with torch, and engines with the file."""
 
     opset: int = Field(20, ge=18, le=22)
     """ONNX opset of the files."""
     parity_images: int = Field(256, ge=1, le=100_000)
-    """Images of the validation split on which ONNX Runtime is compared with torch."""
+    """Images on which the file is compared with torch (validation split), and engines with the file (test split)."""
     max_error: float | None = Field(None, gt=0)
     """Largest difference of an output value, as a share of the largest one; null: 0.001 (float32), 0.03 (float16), 0.1 (int8)."""
     max_changed: float | None = Field(None, ge=0, le=1)
@@ -80,7 +80,7 @@ def run(
         found,
         parity.metrics(expected, received, dataset.val.labels[:count], task),
         limits(config, encoding),
-        where=lambda: parity.where_in_file(module, model, images[parity.worst_first(found, parity.LOCAL_IMAGES)], encoding),
+        where=lambda _: parity.where_in_file(module, model, images[parity.worst_first(found, parity.LOCAL_IMAGES)], encoding),
     )
     write_json(folder / "parity.json", result)
     return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
