@@ -63,8 +63,12 @@ def test_what_a_bundle_holds(finished, whole):
     for name, kind in {"onnx": "export", "engine": "engine", "bench": "bench", "checkpoint": "quantize"}.items():
         assert len(list(finished.folder.glob(f"*-{kind}-{manifest['artifacts'][name]['id'][:12]}"))) == 1
     assert "torch" in manifest["artifacts"]["checkpoint"]["environment"]["libraries"]
-    for path in whole.rglob("*"):  # nothing in it says where it was made
-        assert not path.is_file() or str(finished.folder.parent).encode() not in path.read_bytes()
+    nothing_says_where_it_was_made(whole, finished.folder.parent)
+
+
+def nothing_says_where_it_was_made(bundle, place):
+    for path in bundle.rglob("*"):
+        assert not path.is_file() or str(place).encode() not in path.read_bytes(), path
 
 
 def test_the_default_is_the_engine_of_the_answer(finished, tmp_path):
@@ -305,6 +309,8 @@ def test_an_engine_that_does_not_run_on_the_host_gets_the_models_outputs(tiny, f
     assert bundle.manifest["measured"] is None
     assert bundle.manifest["golden"]["outputs_of"].startswith("model.onnx in ONNX Runtime")
     assert np.abs(bundle.golden().outputs["logits"]).max() > 0
+    assert "Input filename: model.onnx" in (tmp_path / "a" / "engine" / "build.log").read_text()
+    nothing_says_where_it_was_made(tmp_path / "a", tmp_path)
     with pytest.raises(Exception, match="this machine cannot run the engine: built, not run: no NVIDIA GPU here"):
         check.check(tmp_path / "a")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekd import __version__
 from edgekd.artifacts import whole_folder
-from edgekd.bundle.folder import ENGINE, GOLDEN, MODEL, Bundle, Golden, open_bundle, write_manifest
+from edgekd.bundle.folder import ENGINE, GOLDEN, MODEL, Bundle, Golden, hide_paths, open_bundle, write_manifest
 from edgekd.engines import audit, backend, options_dict, read_engine
 from edgekd.engines.base import Array
 from edgekd.engines.postprocess import postprocess
@@ -81,6 +81,7 @@ def rebuild(folder: Path, out: Path) -> Checked:
         if refused is not None:
             raise BuildError(f"the engine built here {refused}", hint="another backend may run it as integers: edgekd doctor")
         checked = _compare(bundle, draft / ENGINE, exact=False)
+        hide_paths(draft / ENGINE / "build.log")
         kept = {key: value for key, value in bundle.manifest.items() if key not in ("schema", "files")}
         content = {
             **kept,

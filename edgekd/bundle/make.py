@@ -16,7 +16,7 @@ from edgekd import __version__
 from edgekd.artifacts import Artifact, file_problems, read_artifact, whole_folder
 from edgekd.bench.measure import load_images
 from edgekd.bundle.check import predict
-from edgekd.bundle.folder import ENGINE, GOLDEN, MODEL, Bundle, Golden, open_bundle, write_golden, write_manifest
+from edgekd.bundle.folder import ENGINE, GOLDEN, MODEL, Bundle, Golden, hide_paths, open_bundle, write_golden, write_manifest
 from edgekd.engines import backend, read_engine, read_io
 from edgekd.engines.base import Array
 from edgekd.engines.postprocess import postprocess
@@ -87,6 +87,7 @@ def make(run: Path, *, choice: Choice, out: Path | None = None) -> Bundle:
         (draft / MODEL).mkdir()
         for name in artifacts["engine"].files:
             shutil.copyfile(artifacts["engine"].file(name), draft / ENGINE / name)
+        hide_paths(draft / ENGINE / "build.log")
         for name in _MODEL_FILES:
             shutil.copyfile(artifacts["onnx"].file(name), draft / MODEL / name)
         write_golden(draft / GOLDEN, golden)
