@@ -13,6 +13,8 @@ from edgekd.targets.local import Local
 
 def spoil(path, weight, change):
     """Change a weight in an engine of ONNX Runtime, which is an ONNX file; False where it has no such weight."""
+    if not str(path).endswith(".onnx"):  # another backend's
+        return False
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         if tensor.name.startswith(weight):
