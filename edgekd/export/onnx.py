@@ -62,10 +62,10 @@ def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], o
         assert program is not None
         scopes = _module_of_each_tensor(program.model_proto)
         model = onnxslim.slim(program.model_proto)  # it drops the nodes' metadata, and keeps the tensors' names
+        mark(program.model_proto, model)  # before the paths: it takes what metadata there is
         for node in model.graph.node:
             path = next((scopes[name] for name in node.output if scopes.get(name)), "")
             node.metadata_props.add(key=PATH, value=path)
-        mark(program.model_proto, model)
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the exporter raises what the model's code and its own passes raise
         raise ExportError(
