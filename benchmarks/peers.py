@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from int8_width import answer
 from run_recipe import RESULTS, ROOT
 
 from edgekd import __version__, data, recipe
@@ -32,7 +33,7 @@ from edgekd.data.batches import eval_batches
 from edgekd.engines.preprocess import normalize
 from edgekd.export import onnx
 from edgekd.export.qdq import encode
-from edgekd.jobs import BuildJob, CompareJob, JobResult, PredictJob
+from edgekd.jobs import BuildJob, CompareJob, PredictJob
 from edgekd.quantize import qat
 from edgekd.quantize import stage as quantize_stage
 from edgekd.targets.local import Local
@@ -75,13 +76,14 @@ def compare_run(run: Path, threads: int) -> list[dict[str, Any]]:
         np.save(Path(scratch) / "test.npy", np.asarray(dataset.test.images))
         np.save(Path(scratch) / "bench.npy", np.asarray(dataset.test.images[:64]))
         for backend in BACKENDS:
-            contenders = []
-            for contender, found in files.items():
-                contenders.append(evaluate(Path(scratch), contender, found, backend, threads, task, dataset))
+            options = {"name": backend, "threads": threads}
+            contenders = [
+                evaluate(Path(scratch), contender, found, io, options, task, dataset) for contender, found in files.items()
+            ]
             built = [contender for contender in contenders if contender["reason"] is None]
             engines = [str(Path(scratch) / f"{backend}-{contender['name']}") for contender in built]
             job = CompareJob(engines, str(Path(scratch) / "bench.npy"), warmup_s=0.5, duration_s=4.0 * len(engines))
-            record = _payload(Local().run(job, Path(scratch)))
+            record = answer(Local().run(job, Path(scratch)))
             for ratio in record["ratios"]:
                 built[ratio["engine"]] |= {"speedup": ratio["speedup"], "interval": ratio["interval"]}
             for contender, engine in zip(built, record["engines"], strict=True):
@@ -114,27 +116,25 @@ def quantized_files(scratch: Path, exports: dict[str, Path], feeds: Feeds, datas
     return files
 
 
-def evaluate(scratch: Path, name: str, file: Path | str, backend: str, threads: int, task: Any, dataset: Any) -> dict[str, Any]:
+def evaluate(
+    scratch: Path, name: str, file: Path | str, io: dict[str, Any], options: dict[str, Any], task: Any, dataset: Any
+) -> dict[str, Any]:
     """Build the engine and compute the task's metric of what it predicts."""
     row: dict[str, Any] = {"name": name, "reason": file if isinstance(file, str) else None, "metric": None}
     if isinstance(file, str):
         return row
-    source, engine = scratch / f"source-{name}", scratch / f"{backend}-{name}"
+    source, engine = scratch / f"source-{name}", scratch / f"{options['name']}-{name}"
     source.mkdir(exist_ok=True)
     engine.mkdir()
     shutil.copyfile(file, source / "model.onnx")
-    float_io = json.loads((scratch / "io.json").read_text()) if (scratch / "io.json").exists() else None
-    io = float_io or json.loads((file.parent / "io.json").read_text())
-    (scratch / "io.json").write_text(json.dumps(io))
     precision = "float32" if name == "float32" else "int8"
     (source / "io.json").write_text(json.dumps({**io, "precision": precision}))
-    options = {"name": backend, "threads": threads}
     built = Local().run(BuildJob(str(source / "model.onnx"), options, precision, str(engine)), scratch)
     if built.status != "ok":
         row["reason"] = built.error or built.reason
         return row
     outputs = scratch / "outputs.npz"
-    _payload(Local().run(PredictJob(str(engine), str(scratch / "test.npy"), str(outputs), 32), scratch))
+    answer(Local().run(PredictJob(str(engine), str(scratch / "test.npy"), str(outputs), 32), scratch))
     with np.load(outputs, allow_pickle=False) as arrays:
         row["metric"] = task.evaluate(dict(arrays), dataset.test.labels)
     return row
@@ -201,12 +201,6 @@ def _modelopt(source: Path, feeds: Feeds, out: Path) -> None:
 def _encoding(folder: Path) -> str:
     artifact = read_artifact(folder)
     return artifact.config["encoding"] if artifact.role == "student" else f"{artifact.role} {artifact.config['encoding']}"
-
-
-def _payload(result: JobResult) -> dict[str, Any]:
-    if result.status != "ok":
-        raise SystemExit(f"{result.error or result.reason}\n{result.log_tail}")
-    return result.payload
 
 
 def _version(name: str) -> str | None:

@@ -182,10 +182,7 @@ class Deployment:
 
     def _say_findings(self, exported: Artifact, encoding: str) -> None:
         """What the linter found in an exported file, where it costs a backend of this recipe something."""
-        try:
-            findings = lint.from_json(json.loads((exported.folder / "lint.json").read_text()))
-        except FileNotFoundError:  # an artifact from before there was a linter
-            return
+        findings = lint.from_json(exported.json("lint.json"))
         backends = {entry.backend.name for entry in self.recipe.deploy}
         for line in lint.lines(findings, backends):
             self.record["warnings"].append(f"{exported.role}, {encoding}: {line}")

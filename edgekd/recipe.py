@@ -28,7 +28,6 @@ from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
-from edgekd.engines import available as backend_available
 from edgekd.errors import EdgekdError
 from edgekd.export.stage import ExportConfig
 from edgekd.models.config import ModelConfig
@@ -359,9 +358,10 @@ def preflight(loaded: Loaded) -> None:
     recipe = loaded.recipe
     problems = [*_check_data(loaded), *_check_weights(loaded), *_check_models(recipe)]
     for number, entry in enumerate(recipe.deploy):
-        found = backend_available(entry.backend)
+        maker = backend(entry.backend.name)
+        found = maker.available(entry.backend)
         if not found.ok:
-            key = "provider" if backend(entry.backend.name).available().ok else "name"
+            key = "provider" if maker.available().ok else "name"
             problems.append(Problem(("deploy", number, "backend", key), found.reason, found.hint))
     if problems:
         raise recipe_error(loaded.document, problems)

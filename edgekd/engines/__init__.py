@@ -17,7 +17,7 @@ from typing import Any
 from edgekd.engines import audit
 from edgekd.engines.base import REPORTED, Availability, Backend, Io, Session, TensorSpec, WrongMachineError, read_io
 from edgekd.engines.null import Null, NullOptions
-from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions, provider_available
+from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions
 from edgekd.engines.openvino import OpenVino, OpenVinoOptions
 from edgekd.engines.tensorrt import TensorRt, TensorRtOptions
 from edgekd.engines.tensorrt_rtx import TensorRtRtx, TensorRtRtxOptions
@@ -35,7 +35,6 @@ __all__ = [
     "BACKENDS",
     "OPTIONS",
     "backend",
-    "available",
     "options_from",
     "options_dict",
     "build_engine",
@@ -100,14 +99,6 @@ def backend(name: str) -> Backend:
             hint="edgekd backends lists what is installed here",
         )
     return BACKENDS[name]
-
-
-def available(options: BackendOptions) -> Availability:
-    """Whether what these options need is here; never raises."""
-    found = backend(options.name).available()
-    if found.ok and isinstance(options, OnnxRuntimeOptions):
-        return provider_available(options, found)
-    return found
 
 
 def options_from(data: Mapping[str, Any]) -> BackendOptions:

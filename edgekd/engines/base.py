@@ -133,8 +133,8 @@ class Backend(Protocol):
 
     name: str
 
-    def available(self) -> Availability:
-        """Whether the library is here; never raises."""
+    def available(self, options: Any = None, /) -> Availability:
+        """Whether the library is here, with what these options need of it; never raises."""
 
     def fingerprint(self, options: Any, /) -> dict[str, Any]:
         """What the engine's bytes depend on besides the model: library version, CPU flags or GPU capabilities."""
@@ -162,6 +162,11 @@ class Backend(Protocol):
             BuildError: A file is missing or damaged.
             WrongMachineError: This machine cannot run it.
         """
+
+
+def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """Feeds of zeros, one for a free size: enough for a library to show what it runs."""
+    return {spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs}
 
 
 def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, Array]) -> None:

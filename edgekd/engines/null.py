@@ -69,7 +69,7 @@ class Null:
 
     name = "null"
 
-    def available(self) -> Availability:
+    def available(self, _options: Any = None) -> Availability:
         """Always."""
         return Availability(True, version="1")
 

@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from edgekd.engines.base import (
     native_log,
     precision_refusal,
     report,
+    zeros,
 )
 from edgekd.errors import BuildError, MissingDependency
 
@@ -55,9 +56,12 @@ _PROFILED = 5
 _DTYPES = {"float": "float32", "double": "float64"}
 _PLANS = (".engine", ".profile")
 """What TensorRT's cache leaves: compiled engines, and the shapes that they are for."""
-_ON_GPU: dict[str, Any] = {"device_id": 0, "workspace_mib": 256, "opt_batch": 1, "max_batch": 64, "cudnn_search": "exhaustive"}
-_USED = {"cpu": set[str](), "cuda": {"device_id", "cudnn_search"}, "tensorrt": set(_ON_GPU) - {"cudnn_search"}}
-"""Which options of a GPU a provider reads."""
+_USED_BY = {
+    "device_id": ("cuda", "tensorrt"),
+    "cudnn_search": ("cuda",),
+    **dict.fromkeys(("workspace_mib", "opt_batch", "max_batch"), ("tensorrt",)),
+}
+"""Options of a GPU, and the providers that read them."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,12 @@ class OnnxRuntimeOptions:
         check_int("workspace_mib", self.workspace_mib, 1, 65536)
         check_int("max_batch", self.max_batch, 1, 65536)
         check_int("opt_batch", self.opt_batch, 1, self.max_batch)
-        for field, default in _ON_GPU.items():
-            if field not in _USED[self.provider] and getattr(self, field) != default:
-                users = " and ".join(name for name, used in _USED.items() if field in used)
-                raise ValueError(f"{field} is an option of provider {users}; provider {self.provider} does not read it")
+        for field in fields(self):
+            users = _USED_BY.get(field.name, (self.provider,))
+            if self.provider not in users and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} is an option of provider {' and '.join(users)}; provider {self.provider} does not read it"
+                )
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -145,26 +151,21 @@ class OnnxRuntimeSession:
         self._inner = None
 
 
-def provider_available(options: OnnxRuntimeOptions, found: Availability) -> Availability:
-    """``found``, or why the installed onnxruntime lacks the provider."""
-    provider, listed = PROVIDERS[options.provider], require("onnxruntime").get_available_providers()
-    if provider in listed:
-        return found
-    reason = f"provider {options.provider} needs onnxruntime's {provider}; the installed one has {', '.join(listed)}"
-    return Availability(False, reason=reason, hint=INSTALL)
-
-
 class OnnxRuntime:
     """The onnxruntime backend."""
 
     name = "onnxruntime"
 
-    def available(self) -> Availability:
-        """Whether onnxruntime can be imported; ``provider_available`` says whether it has a provider."""
+    def available(self, options: OnnxRuntimeOptions | None = None) -> Availability:
+        """Whether onnxruntime can be imported, and has the provider."""
         try:
             runtime = require("onnxruntime")
         except MissingDependency as error:
             return Availability(False, reason=error.message, hint=error.hint)
+        listed = runtime.get_available_providers() if options is not None else []
+        if options is not None and (provider := PROVIDERS[options.provider]) not in listed:
+            reason = f"provider {options.provider} needs onnxruntime's {provider}; the installed one has {', '.join(listed)}"
+            return Availability(False, reason=reason, hint=INSTALL)
         return Availability(True, version=runtime.__version__, debug="build type=Debug" in runtime.get_build_info())
 
     def fingerprint(self, options: OnnxRuntimeOptions) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class OnnxRuntime:
     def build(self, model: Path, options: OnnxRuntimeOptions, out: Path) -> list[str]:
         """On the CPU optimize the graph and save it; on a GPU keep the model, and have TensorRT compile it."""
         runtime = require("onnxruntime")
-        missing = provider_available(options, Availability(True))
+        missing = self.available(options)
         if not missing.ok:
             raise WrongMachineError(f"not built: {missing.reason}", hint=missing.hint)
         settings = _settings(runtime, options, options.optimization)
@@ -233,8 +234,7 @@ class OnnxRuntime:
         with tempfile.TemporaryDirectory() as scratch:
             settings.profile_file_prefix = str(Path(scratch) / "profile")
             session = _session(runtime, folder / FILE, settings, options)
-            specs = [_spec(item) for item in session.get_inputs()]
-            feeds = {spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs}
+            feeds = zeros(tuple(_spec(item) for item in session.get_inputs()))
             try:
                 for _ in range(_PROFILED):
                     session.run(None, feeds)

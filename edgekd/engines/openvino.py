@@ -32,6 +32,7 @@ from edgekd.engines.base import (
     native_log,
     precision_refusal,
     report,
+    zeros,
 )
 from edgekd.errors import BuildError, MissingDependency
 
@@ -110,7 +111,7 @@ class OpenVino:
 
     name = "openvino"
 
-    def available(self) -> Availability:
+    def available(self, _options: Any = None) -> Availability:
         """Whether openvino can be imported."""
         try:
             library = require("openvino")
@@ -148,8 +149,7 @@ class OpenVino:
             settings = {**_settings(options), "PERF_COUNT": True}
             compiled = library.Core().import_model((folder / FILE).read_bytes(), options.device, settings)
             request = compiled.create_infer_request()
-            specs = [_spec(port) for port in compiled.inputs]
-            feeds = {spec.name: np.zeros([max(1, size) for size in spec.shape], spec.dtype) for spec in specs}
+            feeds = zeros(tuple(_spec(port) for port in compiled.inputs))
             request.infer(feeds)  # prepares
             samples: dict[str, list[float]] = {}
             for _ in range(_PROFILED):

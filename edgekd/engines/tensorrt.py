@@ -28,6 +28,7 @@ from edgekd.engines.base import (
     check_feeds,
     check_int,
     precision_refusal,
+    zeros,
 )
 from edgekd.errors import BuildError, MissingDependency
 
@@ -202,7 +203,7 @@ class TensorRt:
 
     name = "tensorrt"
 
-    def available(self) -> Availability:
+    def available(self, _options: Any = None) -> Availability:
         """Whether tensorrt and pycuda can be imported, and there is an NVIDIA driver."""
         try:
             trt = _library()
@@ -257,7 +258,7 @@ class TensorRt:
             del inspector  # it must not outlive its engine
             session.execution.profiler = profiler
             for _ in range(2):  # the first prepares
-                session.infer({spec.name: np.zeros([max(1, n) for n in spec.shape], spec.dtype) for spec in session.inputs})
+                session.infer(zeros(session.inputs))
         try:
             layers = json.loads(information)["Layers"]
             return [_layer(layer, times) for layer in layers if isinstance(layer, dict)]

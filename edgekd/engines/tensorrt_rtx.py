@@ -69,7 +69,7 @@ class TensorRtRtx:
 
     name = "tensorrt_rtx"
 
-    def available(self) -> Availability:
+    def available(self, _options: Any = None) -> Availability:
         """Whether tensorrt_rtx can be imported: enough to build."""
         try:
             trt = require("tensorrt_rtx")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 MODULE, CALL, CALLS = "edgekd.module", "edgekd.call", "edgekd.calls"
 """Metadata of a node: whose output it makes, in which call of how many."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
+_SCOPES = "pkg.torch.onnx.name_scopes"  # torch's exporter: for every node the modules that it was traced in
 _FED = "/fed"
 _WEIGHT = re.compile(r"(.+)\.(codes|weight)$")
 
@@ -61,6 +61,13 @@ class Place:
         return ", ".join(self.layers) or self.point.path
 
 
+def scopes(node: Any) -> list[str] | None:
+    """The modules that a node of the exporter's model was traced in, outermost first; None where it does not say."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
+    # the last scope is the operation's own name; the model itself has no name
+    return None if text is None else [str(path) for path in ast.literal_eval(text)[:-1] if path]
+
+
 def mark(traced: Any, model: Any) -> None:
     """Write into the nodes of ``model`` which module's output they make.
 
@@ -71,10 +78,9 @@ def mark(traced: Any, model: Any) -> None:
     runs: dict[str, list[tuple[str, int]]] = {}  # path -> per call its last tensor, and how deep the path is
     previous: list[str] = []
     for node in traced.graph.node:
-        scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
-        if scopes is None:
+        paths = scopes(node)
+        if paths is None:
             continue
-        paths = [path for path in ast.literal_eval(scopes)[:-1] if path]
         for depth, path in enumerate(paths):
             found = runs.setdefault(path, [])
             if path in previous and found:
@@ -82,14 +88,14 @@ def mark(traced: Any, model: Any) -> None:
             found.append((node.output[0], depth))
         previous = paths
     made = {name: node for node in model.graph.node for name in node.output[:1]}
-    deepest: dict[str, int] = {}
+    marks: dict[str, tuple[int, dict[str, Any]]] = {}
     for path, found in runs.items():
         for call, (tensor, depth) in enumerate(found):
-            if tensor in made and depth > deepest.get(tensor, -1):  # of a block and its last module, the module
-                deepest[tensor] = depth
-                del made[tensor].metadata_props[:]
-                for key, value in ((MODULE, path), (CALL, call), (CALLS, len(found))):
-                    made[tensor].metadata_props.add(key=key, value=str(value))
+            if tensor in made and (tensor not in marks or depth > marks[tensor][0]):  # of a block and its last module, the module
+                marks[tensor] = depth, {MODULE: path, CALL: call, CALLS: len(found)}
+    for tensor, (_depth, facts) in marks.items():
+        for key, value in facts.items():
+            made[tensor].metadata_props.add(key=key, value=str(value))
 
 
 class Graph:

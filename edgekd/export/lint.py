@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.engines import onnx_layers
 from edgekd.errors import ExportError
-from edgekd.export import onnx as exporting
 
 CPU, ORT, RTX = ("onnxruntime", "openvino"), ("onnxruntime",), ("tensorrt_rtx",)
 EVERY = (*CPU, *RTX)
@@ -28,21 +28,8 @@ _MOVES = ("MaxPool", "Transpose", "Slice")
 _CLIPS = ("Relu", "Clip")
 """Between integers these cost nothing, or little."""
 _ACTIVATIONS = (
-    *(
-        "Sigmoid",
-        "HardSigmoid",
-        "HardSwish",
-        "Swish",
-        "Gelu",
-        "Mish",
-        "LeakyRelu",
-        "PRelu",
-        "Elu",
-        "Selu",
-        "Softplus",
-        "Tanh",
-        "Erf",
-    ),
+    *("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Gelu", "Mish"),
+    *("LeakyRelu", "PRelu", "Elu", "Selu", "Softplus", "Tanh", "Erf"),
 )
 _INTEGER = (
     "Add",
@@ -223,10 +210,10 @@ class _Graph:
         for node in self.nodes:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
-        self.paths = exporting.paths(model)
-        self.rows = {row["node"]: row for row in exporting.layers(model)}
+        self.paths = onnx_layers.paths(model)
+        self.rows = {row["node"]: row for row in onnx_layers.layers(model)}
         self.macs = sum(row["macs"] for row in self.rows.values())
-        self.sizes = exporting.sizes(model)
+        self.sizes = onnx_layers.sizes(model)
         self.written = sum(math.prod(self.sizes.get(row["outputs"][0], [0])) for row in self.rows.values())
         self._array = onnx.numpy_helper.to_array
 

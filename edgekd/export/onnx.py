@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import warnings
 from collections.abc import Sequence
@@ -13,15 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.engines import graph
-from edgekd.engines.onnx_layers import PATH, layers, paths, sizes
+from edgekd.engines.onnx_layers import PATH
 from edgekd.errors import ExportError
-from edgekd.export.bisect import mark
+from edgekd.export.bisect import mark, scopes
 from edgekd.export.qdq import translations
 
-__all__ = ["export", "to_float16", "describe", "layers", "paths", "sizes", "save"]
-
 INPUT = "images"
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _OURS = ("quantizers.", "taps.")
 """Modules that edgekd puts into a model: what they make belongs to the module in front."""
 
@@ -36,8 +32,8 @@ def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], o
         opset: ONNX opset.
 
     Returns:
-        An onnx.ModelProto, checked; :func:`paths` reads the module that each node belongs to, and nodes that make a module's
-        output say so (edgekd.export.bisect).
+        An onnx.ModelProto, checked. Nodes say which module they belong to (edgekd.engines.onnx_layers.paths), and those that make
+        a module's output say that too (edgekd.export.bisect).
 
     Raises:
         ExportError: The exporter does not follow the model, or its file is not valid.
@@ -60,11 +56,11 @@ def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], o
                 verbose=False,
             )
         assert program is not None
-        scopes = _module_of_each_tensor(program.model_proto)
+        modules = _module_of_each_tensor(program.model_proto)
         model = onnxslim.slim(program.model_proto)  # it drops the nodes' metadata, and keeps the tensors' names
-        mark(program.model_proto, model)  # before the paths: it takes what metadata there is
+        mark(program.model_proto, model)
         for node in model.graph.node:
-            path = next((scopes[name] for name in node.output if scopes.get(name)), "")
+            path = next((modules[name] for name in node.output if modules.get(name)), "")
             node.metadata_props.add(key=PATH, value=path)
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the exporter raises what the model's code and its own passes raise
@@ -79,9 +75,8 @@ def _module_of_each_tensor(model: Any) -> dict[str, str]:
     """What torch's exporter says of where tensors are made; nothing for those that only the outermost forward makes."""
     found = {}
     for node in model.graph.node:
-        text = next((prop.value for prop in node.metadata_props if prop.key == _SCOPES), "[]")
-        scopes = [str(scope) for scope in ast.literal_eval(text)][:-1]  # the last is the operation's own name
-        path = scopes[-1] if scopes and not scopes[-1].startswith(_OURS) else ""
+        within = scopes(node)
+        path = within[-1] if within and not within[-1].startswith(_OURS) else ""
         found.update(dict.fromkeys(node.output, path))
     return found
 

@@ -13,6 +13,7 @@ from edgekd._config import Config
 from edgekd.artifacts import Checkpoint, write_json
 from edgekd.data.base import Dataset
 from edgekd.data.batches import normalise
+from edgekd.engines import onnx_layers
 from edgekd.export import lint, onnx, parity
 from edgekd.export.qdq import ENCODINGS, encode
 from edgekd.quantize import stage as quantize_stage
@@ -64,7 +65,7 @@ def run(
         model = onnx.to_float16(model)
     path = folder / "model.onnx"
     onnx.save(model, path)
-    write_json(folder / "layers.json", onnx.layers(model))
+    write_json(folder / "layers.json", onnx_layers.layers(model))
     io = onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding)
     write_json(folder / "io.json", {**io, "postprocessing": task.postprocessing(dataset.classes)})
     findings = lint.lint(model, encoding)

@@ -189,7 +189,7 @@ class Cuda:
             setattr(self.driver, item.__name__, item)
         self.driver.init = lambda flags=0: None
 
-    def library(self, name):
+    def loader(self, name):
         """libcuda's functions for graphs, called through ctypes; results are CUDA's codes."""
         gpu, graphs, executables = self, {}, {}
 

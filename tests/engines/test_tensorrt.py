@@ -37,7 +37,7 @@ def install(monkeypatch, version, **gpu):
     for name, module in (("tensorrt", machine.trt), ("pycuda", package), ("pycuda.driver", cuda.driver)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
-    monkeypatch.setattr(_cuda.ctypes, "CDLL", cuda.library)
+    monkeypatch.setattr(_cuda.ctypes, "CDLL", cuda.loader)
     return machine
 
 
@@ -105,7 +105,7 @@ def test_a_graph_that_cannot_be_recorded_says_so(machine, monkeypatch, tmp_path,
     build_engine(float_model.path, TensorRtOptions(cuda_graph=True), "float32", tmp_path)
 
     def library(name):
-        library = machine.cuda.library(name)
+        library = machine.cuda.loader(name)
         end = library.cuStreamEndCapture
         library.cuStreamEndCapture = lambda stream, graph: end(stream, graph) or 901
         return library

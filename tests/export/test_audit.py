@@ -6,7 +6,7 @@ import onnx
 import pytest
 from torch import nn
 
-from edgekd.engines import audit, build_engine, options_from
+from edgekd.engines import audit, build_engine, onnx_layers, options_from
 from edgekd.engines.base import Executed
 from edgekd.export import onnx as exporting
 from edgekd.export.qdq import encode
@@ -24,7 +24,7 @@ def audited(twin, digits, tmp_path_factory):
         model = exporting.export(module, made.images[:2], output_names=["logits"], opset=20)
         precision = "float32" if form == "float32" else "int8"
         onnx.save(model, folder / "model.onnx")
-        (folder / "layers.json").write_text(json.dumps(exporting.layers(model)))
+        (folder / "layers.json").write_text(json.dumps(onnx_layers.layers(model)))
         (folder / "io.json").write_text(json.dumps(exporting.describe(model, preprocessing(digits), precision)))
         out = folder / "engine"
         out.mkdir()
@@ -44,7 +44,7 @@ def paths(module):
 def test_layers_are_the_modules_and_their_macs_are_torchs(twin, name, form):
     made = twin(name)
     module = made.module if form == "float32" else encode(made.quantized, form)
-    rows = exporting.layers(exporting.export(module, made.images[:2], output_names=["logits"], opset=20))
+    rows = onnx_layers.layers(exporting.export(module, made.images[:2], output_names=["logits"], opset=20))
     assert sorted(row["path"] for row in rows) == sorted(paths(made.module))
     assert sum(row["macs"] for row in rows) == macs(made.module, (3, 32, 32))
     assert {row["asked"] for row in rows} == {"float32" if form == "float32" else "int8"}

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from edgekd.engines import backend, options_from
+from edgekd.engines import backend, onnx_layers, options_from
 from edgekd.engines.base import Executed
 from edgekd.errors import BuildError, ExportError
 from edgekd.export import lint as linting
@@ -318,7 +318,7 @@ def test_every_node_has_its_module(quantized, form, tmp_path):
     if form == "float16":
         model = exporting.to_float16(model)
     onnx.save(model, tmp_path / "model.onnx")
-    paths = exporting.paths(onnx.load(tmp_path / "model.onnx"))
+    paths = onnx_layers.paths(onnx.load(tmp_path / "model.onnx"))
     assert set(paths) == {node.name for node in model.graph.node}
     assert set(paths.values()) <= {"images", *(path for path, _part in module.named_modules())}
     kinds = {(node.op_type, paths[node.name]) for node in model.graph.node}
@@ -346,7 +346,7 @@ def test_edgekds_own_models_have_nothing_to_find(twin, name):
 
 def test_a_file_of_another_tool_is_read_by_its_nodes():
     model = built(FLOAT_CONVOLUTION["norm-behind-convolution"])
-    assert exporting.paths(model) == {}
+    assert onnx_layers.paths(model) == {}
     assert [finding.path for finding in lint(model, "u8")] == [node.name for node in model.graph.node if node.op_type == "Conv"][
         1:2
     ]
