@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from edgekd.engines import WrongMachineError, available, build_engine, hardware, open_engine, options_from, read_engine
+from edgekd.engines import WrongMachineError, build_engine, hardware, open_engine, options_from, read_engine
 from edgekd.engines.onnxruntime import PROVIDERS, OnnxRuntime, OnnxRuntimeOptions
 from edgekd.errors import BuildError
 
@@ -113,7 +113,7 @@ def test_the_stand_in_takes_what_the_real_library_takes():
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_the_installed_library_lacks_the_provider(provider, source):
     """The real library, and what preflight and a build say of it."""
-    answer = available(options(provider))
+    answer = OnnxRuntime().available(options(provider))
     assert not answer.ok
     assert PROVIDERS[provider] in answer.reason
     assert "CPUExecutionProvider" in answer.reason
@@ -122,7 +122,7 @@ def test_the_installed_library_lacks_the_provider(provider, source):
     with pytest.raises(WrongMachineError, match=f"not built: provider {provider} needs") as caught:
         build_engine(model, options(provider), "float32", out)
     assert "pip install onnxruntime-gpu" in caught.value.hint
-    assert available(options("cpu")).ok
+    assert OnnxRuntime().available(options("cpu")).ok
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
