@@ -186,7 +186,7 @@ class Deployment:
         backends = {entry.backend.name for entry in self.recipe.deploy}
         for line in lint.lines(findings, backends):
             self.record["warnings"].append(f"{exported.role}, {encoding}: {line}")
-            self.display.say(f"warning: {line}")
+            self.display.warn(line)
 
     def _engine(self, onnx: Artifact, entry: DeployConfig, precision: str, role: str) -> Artifact | JobResult:
         options = options_dict(entry.backend)

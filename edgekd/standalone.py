@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekd.artifacts import write_json
-from edgekd.engines import audit, options_from
-from edgekd.engines.graph import tensors
+from edgekd.engines import audit, graph, model_check, options_from, read_io
 from edgekd.engines.onnx_layers import layers
 from edgekd.errors import BuildError, EdgekdError
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult
 from edgekd.targets.local import Local
 
+LOG_LINES = 10
+"""Lines of a failed worker's log that a message ends with."""
 # The preprocessing of a model that says nothing about it: plain 0..1 images.
 PLAIN = {"layout": "NCHW", "color": "RGB", "scale": 1 / 255, "mean": [0.0], "std": [1.0]}
 
@@ -100,7 +102,12 @@ def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
     source = folder / "source"
     source.mkdir()
     io = model.with_name("io.json")
-    (source / "io.json").write_text(io.read_text() if io.exists() else json.dumps(_describe(model)))
+    if io.exists():
+        read_io(io)  # refuse a damaged one
+        description = json.loads(io.read_text())
+    else:
+        description = _describe(model)
+    (source / "io.json").write_text(json.dumps(description))
     asked = _prepare(model, source)
     options: dict[str, Any] = {"name": backend}
     if backend in ("onnxruntime", "openvino"):
@@ -109,7 +116,7 @@ def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
     engine = folder / "engine"
     engine.mkdir()
     # of a foreign file the layers say it, where the backend has it at all: the audit then tells what became of it
-    precision = json.loads((source / "io.json").read_text()).get("precision")
+    precision = description.get("precision")
     precision = precision or next((name for name in ("int8", "float16") if name in asked and name in runs), "float32")
     _run(BuildJob(model=str(source / "model.onnx"), backend=options, precision=precision, out=str(engine)), folder)
     return engine
@@ -125,14 +132,14 @@ def _prepare(model: Path, source: Path) -> set[str]:
 
     (source / "model.onnx").symlink_to(model.resolve())
     try:
-        graph = onnx.load(str(model), load_external_data=False)
-        unnamed = [node for node in graph.graph.node if not node.name]
+        proto = onnx.load(str(model), load_external_data=False)
+        unnamed = [node for node in proto.graph.node if not node.name]
         for number, node in enumerate(unnamed):
             node.name = f"edgekd.unnamed.{number}"  # by their names libraries tell what became of them
-        if unnamed and not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.graph.initializer):
+        if unnamed and not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
             (source / "model.onnx").unlink()
-            onnx.save(graph, str(source / "model.onnx"))
-        rows = layers(graph)
+            onnx.save(proto, str(source / "model.onnx"))
+        rows = layers(proto)
     except Exception:  # protobuf's, shape inference's: what the backend makes of such a file is for the backend to say
         return set()
     write_json(source / audit.LAYERS, rows)
@@ -141,14 +148,8 @@ def _prepare(model: Path, source: Path) -> set[str]:
 
 def _describe(model: Path) -> dict[str, Any]:
     """The io.json of a foreign ONNX file with one image input."""
-    import onnx
-
-    try:
-        graph = onnx.load(str(model), load_external_data=False).graph
-    except Exception as error:
-        raise BuildError(f"{model} cannot be read as ONNX: {error}", hint="is the file whole?") from error
-    found = tensors(onnx, graph)
-    inputs = found["inputs"]
+    proto = model_check.load(model).graph
+    inputs, outputs = ([asdict(spec) for spec in find(proto, model)] for find in (graph.inputs, graph.outputs))
     if len(inputs) != 1 or len(inputs[0]["shape"]) != 4 or inputs[0]["dtype"] != "float32" or -1 in inputs[0]["shape"][1:]:
         raise BuildError(
             f"{model} has the inputs {inputs}; one float32 image batch [N, C, H, W] with fixed C, H and W is expected",
@@ -156,12 +157,15 @@ def _describe(model: Path) -> dict[str, Any]:
         )
     channels = inputs[0]["shape"][1]
     preprocessing = {**PLAIN, "mean": [0.0] * channels, "std": [1.0] * channels}
-    return {**found, "preprocessing": preprocessing}
+    return {"inputs": inputs, "outputs": outputs, "preprocessing": preprocessing}
 
 
 def _images(engine: Path, batch: int) -> np.ndarray[Any, Any]:
     """The run's own images where the engine belongs to one, else random ones of the right size."""
-    channels, height, width = json.loads((engine / "io.json").read_text())["inputs"][0]["shape"][1:]
+    shape = read_io(engine / "io.json").inputs[0].shape
+    if len(shape) != 4 or min(shape[1:]) < 1:
+        raise BuildError(f"{engine} takes {list(shape)}; one image batch [N, C, H, W] with fixed C, H and W is expected")
+    channels, height, width = shape[1:]
     for path in sorted((engine.parent / "inputs").glob("bench-*.npy"), key=lambda path: -path.stat().st_mtime):
         images: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
         if images.shape[1:] == (height, width, channels):
@@ -175,5 +179,6 @@ def _run(job: Any, folder: Path) -> dict[str, Any]:
 
 def _payload(result: JobResult) -> dict[str, Any]:
     if result.status != "ok":
-        raise EdgekdError(result.error or result.reason, hint=result.hint)
+        log = "".join(f"\n  {line}" for line in result.log_tail.splitlines()[-LOG_LINES:])  # the file is gone when this is read
+        raise EdgekdError((result.error or result.reason) + log, hint=result.hint)
     return result.payload

@@ -7,6 +7,7 @@ the one engine library; this keeps the memory that it reports small, and lets it
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -66,6 +67,9 @@ def run(path: Path) -> JobResult:
         return JobResult("skipped", reason=error.message, hint=error.hint)
     except EdgekdError as error:
         return _failed(error, error.message, error.hint, _build_log(job))
+    except MemoryError as error:
+        log = traceback.format_exc()
+        return _failed(error, f"out of memory during the {job.kind} job", "free some memory, or use a smaller batch", log)
     except Exception as error:
         # The boundary of the process: a bug here must reach the parent as a result, with its traceback.
         tail = "\n".join(filter(None, [_build_log(job), traceback.format_exc()]))
@@ -117,4 +121,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash inside a library leaves the line of Python that called it
     sys.exit(main(sys.argv[1:]))

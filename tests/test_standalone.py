@@ -121,6 +121,47 @@ def test_what_is_no_model_is_refused(tmp_path, make, message):
         bench(make(tmp_path))
 
 
+def changed(model, folder, change):
+    proto = onnx.load(model)
+    change(proto)
+    path = folder / "changed.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda proto: setattr(proto.graph.input[0].type.tensor_type, "elem_type", 77), "no tensor of a known type"),
+        (lambda proto: proto.graph.ClearField("output"), "it has no outputs"),
+        (lambda proto: setattr(proto.graph.node[0], "op_type", "Frobnicate"), "No Op registered for Frobnicate"),
+        (lambda proto: setattr(proto.opset_import[0], "version", 2**62), "asks for opset 4611686018427387904"),
+    ],
+)
+def test_a_damaged_model_is_an_error(model, tmp_path, change, message):
+    with pytest.raises(EdgekdError, match=message):
+        bench(changed(model, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as an io.json"),
+        ("[]", "cannot be read as an io.json"),
+        (
+            '{"inputs": [{"name": "x", "dtype": "float32", "shape": [-1, 3, 10, 10]}], '
+            '"outputs": [{"name": "logits", "dtype": "float32", "shape": [-1, 4]}], "preprocessing": {}}',
+            "is of another model: its inputs are x: float32",
+        ),
+    ],
+)
+def test_an_io_json_that_does_not_fit_is_an_error(model, tmp_path, text, message):
+    path = changed(model, tmp_path, lambda proto: None)
+    (tmp_path / "io.json").write_text(text)
+    with pytest.raises(EdgekdError, match=message):
+        bench(path)
+
+
 def test_an_unknown_backend_is_refused(model):
     with pytest.raises(BuildError, match=r"unknown backend 'openvina'.*did you mean 'openvino'"):
         bench(model, backend="openvina")

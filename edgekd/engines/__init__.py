@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.engines import audit
+from edgekd.engines import audit, model_check
 from edgekd.engines.base import REPORTED, Availability, Backend, Io, Session, TensorSpec, WrongMachineError, read_io
 from edgekd.engines.null import Null, NullOptions
 from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions
@@ -134,11 +134,12 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         out: An existing folder, which gets the engine's files.
 
     Returns:
-        What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds; reported (the library's own
-        settings) and notes, where the backend tells; and audit, where layers.json lies beside the model.
+        What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds, model_check (ok, or why the file was
+        not checked); reported (the library's own settings) and notes, where the backend tells; and audit, where layers.json lies
+        beside the model.
 
     Raises:
-        BuildError: The backend refuses the model or lacks the precision.
+        BuildError: The file is damaged, or the backend refuses it or lacks the precision.
         MissingDependency: The backend's library is not installed.
         WrongMachineError: It can be built, but not here.
     """
@@ -148,10 +149,11 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         raise BuildError(f"the model {model} does not exist", hint="export it first")
     if not out.is_dir():
         raise BuildError(f"the folder for the engine, {out}, does not exist")
-    read_io(model.with_name("io.json"))  # refuse a damaged one before any work
+    io = read_io(model.with_name("io.json"))  # refuse a damaged one before any work
     maker, start = backend(options.name), time.monotonic()
     (out / "build.log").touch()
-    fingerprint = maker.fingerprint(options)
+    fingerprint = maker.fingerprint(options)  # fails where the library is missing
+    checked = model_check.check(model, io) if options.name != "null" else "not checked: the null backend reads no model"
     names = maker.build(model, options, out)
     files = {name: (out / name).stat().st_size for name in names}
     shutil.copyfile(model.with_name("io.json"), out / "io.json")
@@ -163,6 +165,7 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
         "files": files,
         "size_bytes": sum(files.values()),
         "seconds": round(time.monotonic() - start, 3),
+        "model_check": checked,
     }
     if (out / REPORTED).is_file():
         record |= json.loads((out / REPORTED).read_text())

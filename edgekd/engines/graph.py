@@ -1,4 +1,4 @@
-"""What goes into an ONNX graph and what comes out, as io.json holds it."""
+"""What goes into an ONNX graph and what comes out."""
 
 from __future__ import annotations
 
@@ -6,28 +6,38 @@ from typing import Any
 
 import numpy as np
 
+from edgekd._optional import require
+from edgekd.engines.base import DYNAMIC, TensorSpec
+from edgekd.errors import BuildError
 
-def tensors(onnx: Any, graph: Any) -> dict[str, list[dict[str, Any]]]:
-    """The inputs and outputs of a graph.
+
+def inputs(graph: Any, model: object = "the model") -> list[TensorSpec]:
+    """What an onnx.GraphProto has to be given: its inputs without the weights, which old files list there too.
 
     Args:
-        onnx: The imported module: a device that only runs engines need not have it.
-        graph: An onnx.GraphProto.
+        graph: The graph.
+        model: The file's name, for the message.
 
-    Returns:
-        inputs (the weights, which old files list too, left out) and outputs: name, dtype, shape with -1 where the size is free.
+    Raises:
+        BuildError: One is no tensor, or of an unknown type.
     """
-
-    def spec(value: Any) -> dict[str, Any]:
-        tensor = value.type.tensor_type
-        return {
-            "name": value.name,
-            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name,
-            "shape": [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim],
-        }
-
     weights = {tensor.name for tensor in graph.initializer}
-    return {
-        "inputs": [spec(value) for value in graph.input if value.name not in weights],
-        "outputs": [spec(value) for value in graph.output],
-    }
+    return [_spec(value, model) for value in graph.input if value.name not in weights]
+
+
+def outputs(graph: Any, model: object = "the model") -> list[TensorSpec]:
+    """What an onnx.GraphProto gives; see :func:`inputs`."""
+    return [_spec(value, model) for value in graph.output]
+
+
+def _spec(value: Any, model: object) -> TensorSpec:
+    onnx = require("onnx")
+    tensor = value.type.tensor_type
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    except (KeyError, TypeError) as error:
+        raise BuildError(
+            f"{model}: {value.name!r} is no tensor of a known type", hint="is the file whole? Copy or export it again"
+        ) from error
+    shape = (dim.dim_value if dim.HasField("dim_value") else DYNAMIC for dim in tensor.shape.dim)
+    return TensorSpec(value.name, dtype, tuple(shape))

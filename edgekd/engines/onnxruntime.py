@@ -399,7 +399,8 @@ def _session(runtime: Any, model: Path, settings: Any, options: OnnxRuntimeOptio
 def _errors(runtime: Any) -> tuple[type[Exception], ...]:
     state = runtime.capi.onnxruntime_pybind11_state
     names = ("Fail", "EPFail", "EngineError", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile")
-    return (*(getattr(state, name) for name in (*names, "NotImplemented", "RuntimeException")), RuntimeError)
+    # UnicodeError: a message that quotes a damaged file
+    return (*(getattr(state, name) for name in (*names, "NotImplemented", "RuntimeException")), RuntimeError, UnicodeError)
 
 
 def _spec(item: Any) -> TensorSpec:

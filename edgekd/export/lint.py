@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.engines import onnx_layers
+from edgekd.engines.model_check import wrong_numbers
 from edgekd.errors import ExportError
 
 CPU, ORT, RTX = ("onnxruntime", "openvino"), ("onnxruntime",), ("tensorrt_rtx",)
@@ -199,6 +200,7 @@ class _Graph:
     def __init__(self, model: Any) -> None:
         import onnx
 
+        self.proto = model.graph
         self.nodes = list(model.graph.node)
         self.makers = {name: node for node in self.nodes for name in node.output if name}
         self.readers: dict[str, list[Any]] = {}
@@ -262,18 +264,8 @@ def _wrong(graph: _Graph) -> Iterator[Finding]:
     for node in graph.nodes:
         if node.domain not in ("", "ai.onnx"):
             yield Finding("foreign-operator", graph.where(node), f"{node.domain}.{node.op_type}")
-        if node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and node.input[0] in graph.constants):
-            scale, _zero = graph.grid(node)
-            tiny = np.finfo(scale.dtype).tiny  # a GPU takes what is below for zero
-            bad = scale[~(np.isfinite(scale) & (scale >= tiny))].ravel()
-            if len(bad):
-                what = "scale" if scale.size == 1 else f"{len(bad)} of {scale.size} scales, for instance"
-                yield Finding("bad-scale", graph.where(node), f"{what} {bad[0]:g}")
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"):
-            for name in node.input[1:]:
-                value = graph.value(name)
-                if value is not None and value.dtype.kind == "f" and not np.isfinite(value).all():
-                    yield Finding("bad-weights", graph.where(node), f"{np.sum(~np.isfinite(value))} values of {name}")
+    for node, rule, found in wrong_numbers(graph.proto):
+        yield Finding(rule, graph.where(node), found)
 
 
 def _refused(graph: _Graph) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import edgekd
 from edgekd.bench import host
-from edgekd.jobs import Job, JobResult, read_result, write_job
+from edgekd.jobs import BuildJob, Job, JobResult, read_result, write_job
 from edgekd.worker import PARENT, RESULT
 
 _TAIL_LINES = 40
@@ -65,6 +66,9 @@ class Local:
         if result_path.exists():
             return read_result(result_path)
         text = log_path.read_text(errors="replace")
+        if isinstance(job, BuildJob):  # while a library builds, what it writes to standard error goes there
+            with contextlib.suppress(OSError):
+                text += (Path(job.out) / "build.log").read_text(errors="replace")
         return _death(job, code, timeout_s if timed_out.is_set() else None, "\n".join(text.splitlines()[-_TAIL_LINES:]))
 
 

@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 
 from edgekd.artifacts import Store
+from edgekd.engines import model_check
 from edgekd.engines.base import read_io
 from edgekd.engines.preprocess import normalize
 from edgekd.errors import ExportError, ParityError
@@ -54,6 +56,8 @@ def test_files_and_io(tmp_path, twin, digits, encoding):
     assert io.postprocessing == {"kind": "classification", "output": "logits", "classes": list(digits.classes)}
     precision = json.loads((out / "io.json").read_text())["precision"]
     assert precision == ("int8" if encoding in ("u8", "s8") else encoding)
+    onnx.checker.check_model(onnx.load(out / "model.onnx"), full_check=True)
+    assert model_check.check(out / "model.onnx", io) == "ok"
     assert metrics["size_bytes"] == (out / "model.onnx").stat().st_size
     assert metrics["parity"] == json.loads((out / "parity.json").read_text())
 

@@ -1,6 +1,7 @@
 """A whole run on real digits: what it leaves, what it reuses, what it computes again, and how it fails."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -184,6 +185,18 @@ def test_an_engine_that_is_not_what_was_asked_fails_and_allow_fallback_measures_
     assert steps.pop("bench") == "done"
     assert set(steps) >= {"finetune", "export", "engine"}
     assert set(steps.values()) == {"reused"}
+
+
+def test_what_keeps_layers_from_integers_is_a_warning_with_their_paths(tiny, run):
+    tiny.pop("compare")
+    tiny["stages"] = [tiny["stages"][0], {**tiny["stages"][2], "quantizer": {"skip": ["stage2.*"]}}]
+    tiny["deploy"] = [{"backend": {"name": "onnxruntime"}, "precision": ["int8"]}]
+    outcome, recorder = run(tiny, smoke=True)
+    expected = (
+        r"onnxruntime: float-layers: stage2\.0\.\w+[.0-9]* \(Conv\), .*: these run in float32, \d+% of the MACs; take them out"
+    )
+    assert [line for line in recorder.warnings if re.match(expected, line)]
+    assert [line for line in outcome.report["warnings"] if re.match(f"student, u8: {expected}", line)]
 
 
 def test_parity_that_fails_stops_the_engines_that_need_the_file(tiny, run):
