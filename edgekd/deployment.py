@@ -176,7 +176,10 @@ class Deployment:
 
         def fill(folder: Path) -> dict[str, Any]:
             self.display.say(f"exporting {checkpoint.stage} ({checkpoint.role}) as ONNX, {encoding}")
-            return export_stage.run(self.recipe.export, checkpoint, encoding, self.dataset, self.task, folder)
+            metrics = export_stage.run(self.recipe.export, checkpoint, encoding, self.dataset, self.task, folder)
+            for entry in metrics["parity"].get("kept_float32", []):
+                self.display.say(f"{entry['path']} ({entry['op']}) stays in float32: {entry['tensor']} {entry['reason']}")
+            return metrics
 
         return self._artifact("onnx", "export", checkpoint.role, inputs, (checkpoint.id,), config, versions, fill)
 

@@ -1,4 +1,4 @@
-"""What goes into an ONNX graph and what comes out."""
+"""An ONNX graph: what goes into it, what comes out, and its nodes in the order of execution."""
 
 from __future__ import annotations
 
@@ -28,6 +28,31 @@ def inputs(graph: Any, model: object = "the model") -> list[TensorSpec]:
 def outputs(graph: Any, model: object = "the model") -> list[TensorSpec]:
     """What an onnx.GraphProto gives; see :func:`inputs`."""
     return [_spec(value, model) for value in graph.output]
+
+
+def sort(graph: Any) -> list[Any]:
+    """Put the nodes of an onnx.GraphProto behind those that they read.
+
+    Returns:
+        Nodes that wait for each other, which stay at the end; none in a sound graph.
+    """
+    waiting, ready = list(graph.node), []
+    pending = {name for node in waiting for name in node.output}
+    while waiting:
+        left = []
+        for node in waiting:
+            if pending.isdisjoint(node.input):
+                ready.append(node)
+                pending.difference_update(node.output)
+            else:
+                left.append(node)
+        if len(left) == len(waiting):
+            break
+        waiting = left
+    copies = [type(node).FromString(node.SerializeToString()) for node in (*ready, *waiting)]
+    del graph.node[:]
+    graph.node.extend(copies)
+    return waiting
 
 
 def _spec(value: Any, model: object) -> TensorSpec:

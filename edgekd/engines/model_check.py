@@ -16,7 +16,7 @@ import numpy as np
 
 from edgekd._optional import require
 from edgekd.engines.base import DYNAMIC, Io, TensorSpec
-from edgekd.engines.graph import inputs, outputs
+from edgekd.engines.graph import inputs, outputs, sort
 from edgekd.engines.onnx_layers import PATH
 from edgekd.errors import BuildError, MissingDependency
 
@@ -49,7 +49,10 @@ def check(model: Path, io: Io | None = None) -> str:
     proto = load(model)
     _check_nodes(onnx, model, proto)
     _check_tensors(onnx, model, proto)
-    _sort(model, proto)
+    waiting = sort(proto.graph)  # the standard wants it; converters leave them unsorted, and no engine minds
+    if waiting:
+        names = ", ".join(_named(node) for node in waiting[:3])
+        raise BuildError(f"{model} has nodes that wait for each other, {len(waiting)} in all: {names}", hint=_EXPORT_AGAIN)
     try:
         onnx.checker.check_model(proto)
     except Exception as error:  # it raises ValidationError, and what protobuf and C++ throw at odd files
@@ -140,31 +143,6 @@ def _check_nodes(onnx: Any, model: Path, proto: Any) -> None:
                 f"{model}: {_named(node)} is of the domain {node.domain!r}, which neither ONNX nor an engine defines",
                 hint="write the model with ONNX's own operators",
             )
-
-
-def _sort(model: Path, proto: Any) -> None:
-    """Put the nodes into the order of execution, as the standard wants them: converters leave them unsorted, and no engine minds.
-
-    Raises:
-        BuildError: There is none, because they wait for each other.
-    """
-    waiting, sorted_nodes = list(proto.graph.node), []
-    pending = {name for node in waiting for name in node.output}
-    while waiting:
-        left = []
-        for node in waiting:
-            if pending.isdisjoint(node.input):
-                sorted_nodes.append(node)
-                pending.difference_update(node.output)
-            else:
-                left.append(node)
-        if len(left) == len(waiting):
-            names = ", ".join(_named(node) for node in left[:3])
-            raise BuildError(f"{model} has nodes that wait for each other, {len(left)} in all: {names}", hint=_EXPORT_AGAIN)
-        waiting = left
-    copies = [type(node).FromString(node.SerializeToString()) for node in sorted_nodes]
-    del proto.graph.node[:]
-    proto.graph.node.extend(copies)
 
 
 def _check_tensors(onnx: Any, model: Path, proto: Any) -> None:

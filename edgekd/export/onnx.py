@@ -82,22 +82,6 @@ def _module_of_each_tensor(model: Any) -> dict[str, str]:
     return found
 
 
-def to_float16(model: Any) -> Any:
-    """A copy with float16 weights and arithmetic; inputs and outputs stay float32. The conversion is ONNX Runtime's.
-
-    Norms and softmax stay in float32: their sums leave float16's range.
-    """
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
-    block = [*DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Softmax", "ReduceMean"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells of every tiny weight that becomes the smallest float16
-        converted = convert_float_to_float16(model, keep_io_types=True, op_block_list=block)
-    OnnxModel.graph_topological_sort(converted.graph, is_deterministic=True)  # it leaves its conversions at the end
-    return converted
-
-
 def describe(model: Any, preprocessing: dict[str, Any], precision: str) -> dict[str, Any]:
     """io.json: inputs, outputs (name, dtype, shape with -1 where the size is free), preprocessing, precision."""
     inputs, outputs = ([asdict(spec) for spec in find(model.graph)] for find in (graph.inputs, graph.outputs))

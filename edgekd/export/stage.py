@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from edgekd.artifacts import Checkpoint, write_json
 from edgekd.data.base import Dataset
 from edgekd.data.batches import normalise
 from edgekd.engines import onnx_layers
-from edgekd.export import lint, onnx, parity
+from edgekd.export import float16, lint, onnx, parity
 from edgekd.export.qdq import ENCODINGS, encode
 from edgekd.quantize import stage as quantize_stage
 from edgekd.tasks.base import Task
@@ -22,6 +23,8 @@ from edgekd.tasks.base import Task
 MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "bf16": 0.1, "u8": 0.1, "s8": 0.1}
 MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "bf16": 0.05, "u8": 0.05, "s8": 0.05}
 """Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up."""
+RANGE_IMAGES = 64
+"""Calibration images on which a float32 file shows what float16 would not hold."""
 
 
 class ExportConfig(Config):
@@ -61,8 +64,11 @@ def run(
     integers = encoding in ENCODINGS
     module = encode(loaded.module, encoding) if integers else loaded.module.eval()
     model = onnx.export(module, loaded.architecture.example(), output_names=task.output_names, opset=config.opset)
+    kept: list[float16.Kept] = []
     if encoding == "float16":
-        model = onnx.to_float16(model)
+        calibration = np.array(dataset.calib.images[:RANGE_IMAGES])
+        values = normalise(torch.from_numpy(calibration), dataset.mean, dataset.std).contiguous().numpy()
+        model, kept = float16.to_float16(model, values, parity.run_once)
     path = folder / "model.onnx"
     onnx.save(model, path)
     write_json(folder / "layers.json", onnx_layers.layers(model))
@@ -83,6 +89,8 @@ def run(
         limits(config, encoding),
         where=lambda _: parity.where_in_file(module, model, images[parity.worst_first(found, parity.LOCAL_IMAGES)], encoding),
     )
+    if encoding == "float16":
+        result["kept_float32"] = [asdict(entry) for entry in kept]
     write_json(folder / "parity.json", result)
     return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
 

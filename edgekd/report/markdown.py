@@ -37,7 +37,7 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
     yield from _section("Skipped, failed and not read", views.skipped(report))
     yield from _section("Training", views.training(report))
     yield from _section("Layers of the compressed student", views.layers(report))
-    yield from _section("Parity of torch and onnxruntime", views.parity(report))
+    yield from _section("Parity", views.parity(report))
     yield from _section("Machine", facts.environment(report))
     yield from _section("Data", facts.data(report))
     yield from _section("How to reproduce", facts.reproduce(report))

@@ -127,7 +127,7 @@ def _layers(models: list[dict[str, Any]], files: Files) -> list[dict[str, Any]]:
 
 
 def _parity(run: dict[str, Any], files: Files) -> list[dict[str, Any]]:
-    """What the parity gate found, per ONNX file."""
+    """What every hop found: torch to ONNX per file, and ONNX to engine per cell, with a reason where one was not run."""
     folders = dict.fromkeys(
         [step.get("folder") for step in run["steps"] if step.get("kind") == "onnx"] + [cell.get("onnx") for cell in run["cells"]]
     )
@@ -136,16 +136,28 @@ def _parity(run: dict[str, Any], files: Files) -> list[dict[str, Any]]:
         artifact = files.artifact(folder)
         result = files.json(artifact, "parity.json")
         if artifact is not None and isinstance(result, dict):
-            found.append(
-                {
-                    "folder": artifact.folder.name,
-                    "role": artifact.role,
-                    "encoding": artifact.config.get("encoding"),
-                    "outputs": result.get("outputs") or [],
-                    "allowed": result.get("allowed") or {},
-                }
-            )
+            about = {"hop": "torch to ONNX", "folder": artifact.folder.name, "role": artifact.role}
+            found.append(about | {"encoding": artifact.config.get("encoding")} | _hop(result))
+    for cell in run["cells"]:
+        about = {
+            "hop": f"ONNX to {cell.get('backend_name', '')}",
+            "folder": cell.get("engine") or "",
+            "role": cell.get("role", ""),
+        }
+        found.append(about | {"encoding": cell.get("precision")} | _hop(cell.get("parity") or {}, cell.get("reason")))
     return found
+
+
+def _hop(result: dict[str, Any], reason: Any = None) -> dict[str, Any]:
+    why = "" if result.get("outputs") else units.plain(result.get("reason") or reason or "not recorded")
+    return {
+        "split": result.get("split"),
+        "outputs": result.get("outputs") or [],
+        "allowed": result.get("allowed") or {},
+        "metric": result.get("metric"),
+        "kept_float32": result.get("kept_float32") or [],
+        "reason": why,
+    }
 
 
 def _skipped(run: dict[str, Any], engines: list[dict[str, Any]], files: Files) -> list[dict[str, str]]:

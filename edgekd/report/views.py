@@ -345,24 +345,50 @@ def state_line(report: Report) -> str | None:
 
 
 def parity(report: Report) -> Table:
-    """One row per ONNX file and output: how far onnxruntime is from torch, and what was allowed."""
-    rows = [
-        (
-            units.role(entry["role"]),
-            entry["encoding"] or units.NONE,
-            output.get("output", ""),
-            output.get("images", units.NONE),
-            _small_percent(output.get("max_error")),
-            _small_percent(entry["allowed"].get("max_error")),
-            f"{output['cosine']:.6f}" if "cosine" in output else units.NONE,
-            units.percent(output.get("changed")),
-            units.percent(entry["allowed"].get("max_changed")),
-        )
-        for entry in report["parity"]
-        for output in entry["outputs"]
+    """One row per hop and output: how far a form of the model is from the one before; a hop that was not run has its reason."""
+    rows: list[tuple[object, ...]] = []
+    for entry in report["parity"]:
+        about = (entry["hop"], units.role(entry["role"]), entry["encoding"] or units.NONE)
+        if not entry["outputs"]:
+            rows.append((*about, f"not run: {entry['reason']}", *[units.NONE] * 6))
+        for output in entry["outputs"]:
+            images = f"{output.get('images', units.NONE)} {entry['split'] or ''}".rstrip()
+            rows.append(
+                (
+                    *about,
+                    output.get("output", ""),
+                    images,
+                    _of_allowed(_small_percent(output.get("max_error")), _small_percent(entry["allowed"].get("max_error"))),
+                    _worst(output.get("worst")),
+                    f"{output['cosine']:.6f}" if output.get("cosine") is not None else units.NONE,
+                    _of_allowed(units.percent(output.get("changed")), units.percent(entry["allowed"].get("max_changed"))),
+                    _before_after(entry["metric"]),
+                )
+            )
+    columns = "hop|model|precision|output|images >|max error (allowed) >|worst element: expected, received|cosine >"
+    return table(columns + "|decisions changed (allowed) >|metric before → after >", rows)
+
+
+def _of_allowed(value: str, allowed: str) -> str:
+    return f"{value} ({allowed})"
+
+
+def _worst(worst: dict[str, Any] | None) -> str:
+    """Which element differs most, and its two values."""
+    if worst is None:
+        return units.NONE
+    values = ["not finite" if worst[key] is None else units.number(worst[key], 4) for key in ("expected", "received")]
+    return f"image {worst['image']}, {worst['position']}: {values[0]}, {values[1]}"
+
+
+def _before_after(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return units.NONE
+    shown = [
+        units.NONE if metric[key] is None else units.metric({"name": metric["name"], "value": metric[key]})
+        for key in ("before", "after")
     ]
-    columns = "model|encoding|output|images >|max error >|allowed >|cosine >|decisions changed >|allowed >"
-    return table(columns, rows)
+    return f"{shown[0]} → {shown[1]}"
 
 
 def _small_percent(value: float | None) -> str:

@@ -8,7 +8,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from edgekd.export import bisect, parity
-from edgekd.export.onnx import export, to_float16
+from edgekd.export.float16 import to_float16
+from edgekd.export.onnx import export
 from edgekd.export.qdq import encode
 
 FILES = [
@@ -28,7 +29,7 @@ def file_of(twin):
             found = twin(name)
             module = encode(found.quantized, encoding) if encoding in ("u8", "s8") else found.module
             model = export(module, found.images[:2], output_names=["logits"], opset=20)
-            made[name, encoding] = module, to_float16(model) if encoding == "float16" else model
+            made[name, encoding] = module, to_float16(model, None, parity.run_once)[0] if encoding == "float16" else model
         return made[name, encoding]
 
     return make

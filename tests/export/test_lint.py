@@ -14,6 +14,8 @@ from edgekd.engines.base import Executed
 from edgekd.errors import BuildError, ExportError
 from edgekd.export import lint as linting
 from edgekd.export import onnx as exporting
+from edgekd.export import parity
+from edgekd.export.float16 import to_float16
 from edgekd.export.lint import RULES, lines, lint, refuse
 from edgekd.export.qdq import encode
 from edgekd.quantize import qat
@@ -316,7 +318,7 @@ def test_every_node_has_its_module(quantized, form, tmp_path):
     module, made, images = quantized
     model = exporting.export(module if form.startswith("f") else encode(made, form), images, output_names=["logits"], opset=20)
     if form == "float16":
-        model = exporting.to_float16(model)
+        model, _ = to_float16(model, None, parity.run_once)
     onnx.save(model, tmp_path / "model.onnx")
     paths = onnx_layers.paths(onnx.load(tmp_path / "model.onnx"))
     assert set(paths) == {node.name for node in model.graph.node}

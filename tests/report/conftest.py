@@ -273,6 +273,21 @@ class RunWriter:
                 "metric": {"name": "accuracy", "value": accuracy, "images": 360},
                 **more,
             }
+            cell["parity"] = record["parity"] = {
+                "split": "test",
+                "outputs": [
+                    {
+                        "output": "logits",
+                        "images": 256,
+                        "max_error": 0.02,
+                        "cosine": 0.999,
+                        "changed": 0.004,
+                        "worst": {"image": 17, "position": [3], "expected": 4.25, "received": 4.5},
+                    }
+                ],
+                "allowed": {"max_error": 0.1, "max_changed": 0.05},
+                "metric": {"name": "accuracy", "before": 0.975, "after": 0.9725},
+            }
             cell["bench"] = self.artifact("bench", "bench", role, config={"batch": 1}, metrics={}, files={"record.json": record})
         return len(self.data["cells"]) - 1
 

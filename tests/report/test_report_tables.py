@@ -98,7 +98,11 @@ def test_a_finished_run(full):
     assert found["recipe"] == {"path": "recipes/digits.yaml", "text": "name: digits\nseed: 7\n"}
     assert found["reproduce"]["versions"] == {"torch": "2.13.0", "onnx": "1.23.0", "onnxruntime": "1.32.0"}
     assert found["reproduce"]["seed"] == 7
-    assert len(found["parity"]) == 7
+    assert [entry["hop"] for entry in found["parity"]].count("torch to ONNX") == 7
+    engines = found["parity"][7:]
+    assert len(engines) == len(found["engines"])
+    assert engines[0]["outputs"][0]["worst"]["position"] == [3]
+    assert engines[-1]["reason"] == "tensorrt_rtx is not installed"  # not run, and why
     assert found["parity"][0]["outputs"][0]["max_error"] == 1.5e-6
 
 
