@@ -28,12 +28,15 @@ from edgekd.errors import BuildError, EdgekdError
 from edgekd.export import lint, parity
 from edgekd.export import stage as export_stage
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
+from edgekd.quantize import ladder
 from edgekd.recipe import DeployConfig, Recipe
 from edgekd.targets.local import Local
 from edgekd.tasks.base import Task
 
 EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxslim")
 BENCH_IMAGES = 64
+QUANTIZED = ("quantize", "ptq")
+"""The stages whose checkpoint is a quantized one."""
 MATTERS = 0.98
 """An int8 engine that is slower by less than this is as fast for all that anyone cares, however surely it was measured."""
 
@@ -73,7 +76,7 @@ class Deployment:
         for entry in self.recipe.deploy:
             group: list[int] = []
             for role in entry.models:
-                for precision in entry.precision:
+                for precision in _precisions(entry, checkpoints[role]):
                     checkpoint = _source(checkpoints[role], precision)
                     if checkpoint is None:
                         continue  # int8 is the student's alone; float32 there always is (Run.train)
@@ -124,6 +127,11 @@ class Deployment:
             "parity": None,
         }
         self.record["doing"] = f"{entry.backend.name} {precision} {role}"
+        reason = ladder.refusal(checkpoint.metrics) if precision == "int8" else None
+        if reason is not None:
+            lacks = entry.backend.unsupported("float16")
+            cell["status"], cell["reason"] = ("skipped", reason) if lacks is None else ("failed", f"{reason}, and {lacks}")
+            return cell
         try:
             onnx = self._onnx(checkpoint, entry, precision)
             cell["onnx"] = onnx.folder.name
@@ -404,12 +412,20 @@ class _NotDoneError(Exception):
         self.result = result
 
 
+def _precisions(entry: DeployConfig, checkpoints: list[Checkpoint]) -> list[str]:
+    """What an entry builds: what it asks for, and float16 where the precision ladder ended there in place of int8."""
+    quantized = _source(checkpoints, "int8") if "int8" in entry.precision else None
+    instead = quantized is not None and ladder.refusal(quantized.metrics) is not None
+    more = ["float16"] if instead and "float16" not in entry.precision and entry.backend.unsupported("float16") is None else []
+    return [*entry.precision, *more]
+
+
 def _source(checkpoints: list[Checkpoint], precision: str) -> Checkpoint | None:
     """The checkpoint that an engine of this precision is made from: the quantized one, or the last float one before it."""
-    quantized = [checkpoint for checkpoint in checkpoints if checkpoint.stage == "quantize"]
+    quantized = [checkpoint for checkpoint in checkpoints if checkpoint.stage in QUANTIZED]
     if precision == "int8":
         return quantized[-1] if quantized else None
-    floats = [checkpoint for checkpoint in checkpoints if checkpoint.stage != "quantize"]
+    floats = [checkpoint for checkpoint in checkpoints if checkpoint.stage not in QUANTIZED]
     return floats[-1] if floats else None
 
 

@@ -33,7 +33,9 @@ from edgekd.nn.flops import macs, parameters
 from edgekd.prune import stage as prune_stage
 from edgekd.prune.importance import prune
 from edgekd.prune.stage import PruneConfig
+from edgekd.quantize import ladder, ptq
 from edgekd.quantize import stage as quantize_stage
+from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
 from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig
 from edgekd.tasks import build as build_task
@@ -50,6 +52,7 @@ STAGES: dict[type, Any] = {
     DistillConfig: distill_stage.run,
     PruneConfig: prune_stage.run,
     QuantizeConfig: quantize_stage.run,
+    PtqConfig: ptq.run,
 }
 # Libraries that shape a checkpoint; another version of one of them means another id.
 TRAINING_LIBRARIES = ("torch", "lightning-fabric", "torch-pruning")
@@ -106,6 +109,7 @@ class Run:
             logs=out / "tensorboard",
             on_epoch=display.epoch,
             on_step=display.step,
+            say=display.say,
             warn=display.warn,
         )
         self.order = 0
@@ -123,6 +127,8 @@ class Run:
             deployment = Deployment(
                 self.recipe, self.store, self.dataset, self.task, self.record, self.display, self.save, self.order
             )
+            missed = [line for made in students["student"] if (line := ladder.failure(made.metrics)) is not None]
+            self.record["warnings"] += missed
             deployment.run(students)
         except EdgekdError as error:
             if rank() == 0:
@@ -135,18 +141,18 @@ class Run:
             for cell in self.record["cells"]
             if cell["status"] == "failed"
         ]
-        failures += deployment.slower
+        failures += [*deployment.slower, *missed]
         budget = self.record["budget"]
         if budget is not None and not budget["ok"]:
-            missed = ", ".join(_miss(check) for check in budget["checks"] if not check["ok"])
+            over = ", ".join(_miss(check) for check in budget["checks"] if not check["ok"])
             raise BudgetExceeded(
-                f"over budget: {missed or 'no engine was measured'}", hint=f"see {self.store.root}/report/report.md"
+                f"over budget: {over or 'no engine was measured'}", hint=f"see {self.store.root}/report/report.md"
             )
         return Outcome(summary, self.store.root, failures)
 
     def rehearse(self) -> None:
         """Prune and quantize an untrained student once, so that a model that cannot be says so before hours of training."""
-        if not any(isinstance(stage, PruneConfig | QuantizeConfig) for stage in self.recipe.stages):
+        if not any(isinstance(stage, PruneConfig | QuantizeConfig | PtqConfig) for stage in self.recipe.stages):
             return
         student = fresh(self.recipe.student.model.model_copy(update={"weights": None}), self.context)
         for stage in self.recipe.stages:
@@ -154,8 +160,8 @@ class Run:
                 student.module = prune(
                     student.module, student.architecture.example(), ratio=0.3, round_to=stage.round_to, scope=stage.scope
                 )
-            if isinstance(stage, QuantizeConfig):
-                quantize_stage.rehearse(stage, student)
+            if isinstance(stage, QuantizeConfig | PtqConfig):
+                quantize_stage.rehearse(stage.quantizer, student)
 
     def train(self) -> dict[str, list[Checkpoint]]:
         """All checkpoints: the teacher, the student trained alone, the student after each stage."""
@@ -171,7 +177,7 @@ class Run:
             result["student_alone"] = [self._stage(alone, None, None, role="student_alone", name="student_alone")]
         source: Checkpoint | None = None
         result["student"] = []
-        if recipe.student.model.weights is not None and isinstance(recipe.stages[0], PruneConfig | QuantizeConfig):
+        if recipe.student.model.weights is not None and isinstance(recipe.stages[0], PruneConfig | QuantizeConfig | PtqConfig):
             source = self._given(recipe.student.model, "student", "weights")  # the float twin of what follows
             result["student"].append(source)
         for stage in recipe.stages:
@@ -318,6 +324,7 @@ class Run:
                     "val_metric": trained.history[-1]["val"] if trained.history else None,
                     "epochs": len(trained.history),
                     "layers": trained.layers,
+                    **trained.evidence,
                 }
                 draft.seconds = time.monotonic() - start
         context.fabric.barrier()

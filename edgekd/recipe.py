@@ -34,13 +34,14 @@ from edgekd.models.config import ModelConfig
 from edgekd.nn.shapes import shapes_only
 from edgekd.nn.taps import resolve
 from edgekd.prune.stage import PruneConfig
+from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
 from edgekd.tasks import TaskConfig
 from edgekd.train.hardware import ComputeConfig
 from edgekd.train.optim import TrainConfig
 from edgekd.train.stage import FinetuneConfig
 
-StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig, Field(discriminator="kind")]
+StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig | PtqConfig, Field(discriminator="kind")]
 Role = Literal["teacher", "student_alone", "student"]
 Precision = Literal["float32", "float16", "int8"]
 Built = tuple[nn.Module, dict[str, str]]
@@ -67,7 +68,7 @@ class DeployConfig(Config):
     backend: Annotated[BackendOptions, Field(discriminator="name")]
     """How engines are built and run, with all its options."""
     precision: list[Precision] = Field(min_length=1)
-    """float32 is the last float model; int8 needs a quantize stage."""
+    """float32 is the last float model; int8 needs a stage that quantizes: quantize or ptq."""
     models: list[Role] = Field(default=["student"], min_length=1)
     """Whose engines; the teacher and the student trained alone are float32 only."""
     target: Literal["local"] = "local"
@@ -224,18 +225,18 @@ def _check_teacher(recipe: Recipe) -> list[Problem]:
 def _check_order(recipe: Recipe) -> list[Problem]:
     problems = []
     trained = recipe.student.model.weights is not None
-    quantized = False
+    quantized: str | None = None
     for number, stage in enumerate(recipe.stages):
         path: Path_ = ("stages", number, "kind")
-        if quantized:
+        if quantized is not None:
             problems.append(
                 Problem(
                     path,
-                    f"{stage.kind} comes after quantize; a quantized model is final",
-                    "put quantize last; it takes a method of its own",
+                    f"{stage.kind} comes after {quantized}; a quantized model is final",
+                    "put one stage that quantizes last: quantize, which takes a method of its own, or ptq",
                 )
             )
-        elif isinstance(stage, PruneConfig | QuantizeConfig) and not trained:
+        elif isinstance(stage, PruneConfig | QuantizeConfig | PtqConfig) and not trained:
             problems.append(
                 Problem(
                     path,
@@ -244,13 +245,14 @@ def _check_order(recipe: Recipe) -> list[Problem]:
                 )
             )
         trained = True
-        quantized = quantized or isinstance(stage, QuantizeConfig)
+        if isinstance(stage, QuantizeConfig | PtqConfig):
+            quantized = stage.kind
     return problems
 
 
 def _check_deploy(recipe: Recipe) -> list[Problem]:
     problems = []
-    quantized = any(isinstance(stage, QuantizeConfig) for stage in recipe.stages)
+    quantized = any(isinstance(stage, QuantizeConfig | PtqConfig) for stage in recipe.stages)
     for number, entry in enumerate(recipe.deploy):
         for index, precision in enumerate(entry.precision):
             path: Path_ = ("deploy", number, "precision", index)
@@ -262,7 +264,7 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
                     Problem(
                         path,
                         "int8 needs a quantized student, and no stage quantizes it",
-                        "add a quantize stage, or deploy float32",
+                        "add a quantize or a ptq stage, or deploy float32",
                     )
                 )
             if precision in entry.precision[:index]:
@@ -327,7 +329,16 @@ def smoke(recipe: Recipe) -> Recipe:
         batch = max(1, min(SMOKE_BATCH, train.batch_size) // parts) * parts
         return train.model_copy(update={"epochs": 1, "batch_size": batch, "accumulate": accumulate, "warmup_epochs": 0.0})
 
-    stages = [stage.model_copy(update={"train": shorter(stage.train)}) for stage in recipe.stages]
+    def smaller(stage: Any) -> Any:
+        if not isinstance(stage, PtqConfig):
+            return stage.model_copy(update={"train": shorter(stage.train)})
+        if stage.fallback is None:
+            return stage
+        # of a model that has learnt nothing any drop is noise
+        easy = stage.fallback.model_copy(update={"max_drop": 100.0, "train": shorter(stage.fallback.train)})
+        return stage.model_copy(update={"fallback": easy})
+
+    stages = [smaller(stage) for stage in recipe.stages]
     teacher = recipe.teacher
     if teacher is not None:
         teacher = teacher.model_copy(update={"train": shorter(teacher.train)})

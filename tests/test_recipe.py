@@ -312,7 +312,34 @@ BAD = {
         "  - kind: finetune\n    train: {epochs: 1}\ndeploy:",
         "kind: finetune",
         "stages[3].kind: finetune comes after quantize",
-        "put quantize last",
+        "put one stage that quantizes last",
+    ),
+    "stage after ptq": Bad(
+        QUANTIZE,
+        "  - kind: ptq\n" + QUANTIZE,
+        "kind: quantize",
+        "stages[3].kind: quantize comes after ptq; a quantized model is final",
+    ),
+    "ptq before training": Bad(
+        DISTILL,
+        "  - kind: ptq\n",
+        "kind: ptq",
+        "stages[0].kind: ptq needs a trained student",
+        base=BASE.replace("compare: [student_alone]\n", ""),
+    ),
+    "fallback without a limit": Bad(
+        QUANTIZE,
+        "  - kind: ptq\n    fallback: {max_float: 0.2}\n",
+        "fallback:",
+        "stages[2].fallback",
+        "max_drop",
+    ),
+    "unknown calibration": Bad(
+        QUANTIZE,
+        "  - kind: ptq\n    quantizer: {calibration: entropic}\n",
+        "calibration: entropic",
+        "stages[2].quantizer.calibration",
+        "least KL divergence",
     ),
     "int8 without quantize": Bad(
         QUANTIZE,
@@ -745,7 +772,9 @@ def test_smoke_keeps_types_and_makes_everything_short(path):
     assert again == tiny
     assert [type(stage) for stage in tiny.stages] == [type(stage) for stage in recipe.stages]
     assert type(tiny.data) is type(recipe.data)
-    trainings = [stage.train for stage in tiny.stages] + ([tiny.teacher.train] if tiny.teacher else [])
+    trainings = [getattr(stage, "train", None) for stage in tiny.stages] + ([tiny.teacher.train] if tiny.teacher else [])
+    fallbacks = [stage.fallback for stage in tiny.stages if getattr(stage, "fallback", None) is not None]
+    trainings += [fallback.train for fallback in fallbacks]
     assert {train.epochs for train in trainings if train is not None} == {1}
     assert tiny.budget is None
     assert tiny.deploy == recipe.deploy

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from edgekd._config import Config
 from edgekd.errors import ArtifactError, TrainingError, nearest
 from edgekd.quantize.fake_quant import BITS, QuantConv2d, Quantizer, QuantLinear, quantized_layer
-from edgekd.quantize.observers import Observer, best_scale
+from edgekd.quantize.observers import Calibration, Observer, find_scale
 from edgekd.quantize.placement import LAYERS, Placement, trace
 
 
@@ -22,7 +22,11 @@ class QuantizerConfig(Config):
     """8-bit weights, symmetric per output channel; 8-bit activations, symmetric per tensor."""
 
     ranges: Literal["learned", "calibrated"] = "learned"
-    """Activation ranges start from the calibration split (least squared error); learned ones are then trained along."""
+    """Activation ranges start from the calibration split; learned ones are then trained along, where anything is trained."""
+    calibration: Calibration = "mse"
+    """Where an activation range ends: least squared error, largest value, percentile, or least KL divergence (not for images)."""
+    percentile: float = Field(99.99, gt=50, lt=100)
+    """Of the magnitudes of an activation; what lies beyond is clipped. For calibration: percentile."""
     skip: list[str] = Field(default_factory=list)
     """Module paths of layers that stay in float; * matches anything, as in `head.*`."""
 
@@ -40,7 +44,7 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
         TrainingError: The model cannot be traced, has nothing to quantize, or gives other values when traced; or a pattern of
             ``skip`` matches no layer.
     """
-    model = _plain(copy.deepcopy(module).eval())
+    model = plain(copy.deepcopy(module).eval())
     _check_skip(model, config.skip)
     traced, places = trace(model, taps)
     placement = Placement(traced, lambda path: any(fnmatchcase(path, pattern) for pattern in config.skip))
@@ -70,7 +74,7 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
     return traced.train(module.training)
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> nn.Module:
     """The same model in modules that the rules know: nothing in place, and timm's norm-with-activation as two modules."""
     for path, part in list(model.named_modules()):
         if getattr(part, "inplace", False):
@@ -112,7 +116,7 @@ def _check_trace(traced: nn.Module, model: nn.Module, example: Tensor) -> None:
         )
 
 
-def calibrate(quantized: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(quantized: fx.GraphModule, batches: Iterable[Tensor]) -> None:
     """Set every quantizer's scale from the values that it sees in these images, which pass through the float model.
 
     Args:
@@ -122,9 +126,11 @@ def calibrate(quantized: nn.Module, batches: Iterable[Tensor]) -> None:
     Raises:
         TrainingError: A tensor is not finite.
     """
+    config = QuantizerConfig.model_validate(quantized.meta["config"])
     quantizers = named_quantizers(quantized)
     mode = quantized.training
     quantized.eval()
+    images_of = {node.name for node in quantized.graph.nodes if node.op == "placeholder"}
     observers = {name: Observer() for name in quantizers}
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
@@ -136,7 +142,10 @@ def calibrate(quantized: nn.Module, batches: Iterable[Tensor]) -> None:
         for quantizer in quantizers.values():
             quantizer.observer = None
     for name, quantizer in quantizers.items():
-        scale = best_scale(observers[name], quantizer.low, quantizer.high)
+        # Pixels have few values, and the background's bin may hold most of them: to clip all beyond it then costs little
+        # divergence and much of the picture.
+        way: Calibration = "minmax" if config.calibration == "entropy" and name in images_of else config.calibration
+        scale = find_scale(observers[name], quantizer.low, quantizer.high, calibration=way, percentile=config.percentile)
         if not 0 < scale < float("inf"):
             raise TrainingError(
                 f"the values at {name!r} are not finite on the calibration images", hint="check the float model's weights"

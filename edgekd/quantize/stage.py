@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from edgekd._config import Config
 from edgekd.artifacts import Checkpoint
+from edgekd.data.base import Dataset
 from edgekd.data.batches import eval_batches
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import fit
@@ -40,19 +44,20 @@ class QuantizeConfig(Config):
     """Weight of the task loss where there is a method."""
 
 
-def prepare(config: QuantizeConfig, source: Loaded) -> Loaded:
+def prepare(config: qat.QuantizerConfig, source: Loaded) -> Loaded:
     """The source model with quantizers, not yet calibrated."""
-    quantized = qat.prepare(source.module, source.taps, config.quantizer, source.architecture.example())
+    quantized = qat.prepare(source.module, source.taps, config, source.architecture.example())
     return _described(quantized, source)
 
 
-def rehearse(config: QuantizeConfig, source: Loaded) -> None:
+def rehearse(config: qat.QuantizerConfig, source: Loaded) -> None:
     """Go through the stage once on noise, so that a model that cannot be quantized says so before hours of training.
 
     Raises:
         TrainingError: It cannot be traced, calibrated or trained.
     """
     quantized = prepare(config, source).module
+    assert isinstance(quantized, fx.GraphModule)
     example = torch.randn_like(source.architecture.example())
     try:
         qat.calibrate(quantized, [example])
@@ -75,10 +80,9 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
     if config.method is not None:
         twin = Loaded(copy.deepcopy(source.module), source.taps, source.architecture)
         teacher = context.teacher() if config.teacher == "teacher" and context.teacher is not None else twin
-    loaded = prepare(config, source)
-    data = context.dataset
-    batches = eval_batches(data.calib, min(128, len(data.calib.labels)), mean=data.mean, std=data.std)
-    qat.calibrate(loaded.module, (images for images, _ in batches))
+    loaded = prepare(config.quantizer, source)
+    assert isinstance(loaded.module, fx.GraphModule)
+    qat.calibrate(loaded.module, calibration_batches(context.dataset))
     history = fit(
         loaded,
         config.train,
@@ -90,6 +94,15 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
         task_weight=config.task_weight,
     )
     return Trained(loaded, history, layers(loaded.module))
+
+
+def calibration_batches(data: Dataset, most: int | None = None) -> Iterator[Tensor]:
+    """The calibration split, or at most so many images spread evenly over it, normalised: float32 [B, C, H, W] each."""
+    split = data.calib
+    if most is not None and most < len(split):
+        index = np.linspace(0, len(split) - 1, most).round().astype(int)
+        split = replace(split, images=split.images[index], labels=split.labels[index])
+    return (images for images, _ in eval_batches(split, min(128, len(split)), mean=data.mean, std=data.std))
 
 
 def layers(quantized: nn.Module) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ SHOWN_SHARE = 0.995
 """The latency charts' axes reach this far into each distribution; the maximum is in the engine's facts."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 _TERMS = ("@term1", "@term2", "@term3", "@term4")
-_STAGES = {"finetune": "@float", "distill": "@float", "prune": "@term3", "quantize": "@int8"}
+_STAGES = {"finetune": "@float", "distill": "@float", "prune": "@term3", "quantize": "@int8", "ptq": "@int8"}
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 

@@ -36,6 +36,11 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
     yield from _section("Speed-ups, measured interleaved", views.comparisons(report))
     yield from _section("Skipped, failed and not read", views.skipped(report))
     yield from _section("Training", views.training(report))
+    for ladder in report["ladders"]:
+        yield from _section("Precision ladder", views.ladder(ladder))
+        yield f"{escape(views.ladder_line(ladder))}\n"
+        if ranking := views.ladder_ranking(ladder):
+            yield table(ranking)
     yield from _section("Layers of the compressed student", views.layers(report))
     yield from _section("Parity", views.parity(report))
     yield from _section("Machine", facts.environment(report))

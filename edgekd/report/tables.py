@@ -46,6 +46,7 @@ def build(root: Path) -> dict[str, Any]:
         "budget": budget,
         "training": training,
         "layers": layers,
+        "ladders": _ladders(run["models"], files),
         "parity": parity,
         "skipped": _skipped(run, engines, files),
         "warnings": _warnings(run, engines, comparisons, files),
@@ -124,6 +125,17 @@ def _layers(models: list[dict[str, Any]], files: Files) -> list[dict[str, Any]]:
         for row in artifact.metrics["layers"]:
             before.setdefault(row["path"], row.get("channels_before", row["channels"]))
     return [row | {"channels_before": before[row["path"]]} for row in students[-1].metrics["layers"]] if students else []
+
+
+def _ladders(models: list[dict[str, Any]], files: Files) -> list[dict[str, Any]]:
+    """The precision ladders that were climbed: how far each step was below the float model, and which one is the result."""
+    found = []
+    for model in models:
+        artifact = files.artifact(model.get("folder"))
+        ladder = artifact.metrics.get("ladder") if artifact is not None else None
+        if artifact is not None and ladder:
+            found.append({**ladder, "stage": artifact.stage, "folder": artifact.folder.name})
+    return found
 
 
 def _parity(run: dict[str, Any], files: Files) -> list[dict[str, Any]]:

@@ -29,6 +29,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield from _section("models", views.models(report).without("bits (weights/activations)"))
     yield from _section("engines", views.engines(report).without("p90 ms", "mean ms", "first ms"))
     yield from _section("speed-ups, measured interleaved", views.comparisons(report).without("noise floor", "rounds"))
+    for ladder in report["ladders"]:
+        yield from _section("precision ladder", views.ladder(ladder))
+        yield from _wrapped(views.ladder_line(ladder), "  ", "  ")
     if line := views.budget_line(report):
         yield ""
         yield line

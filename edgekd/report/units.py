@@ -9,7 +9,13 @@ NONE = "–"
 _SHARES = frozenset({"accuracy"})
 """Metrics that are shares, shown as percent."""
 _ROLES = {"student_alone": "student alone"}
-_STAGES = {"finetune": "finetuned", "distill": "distilled", "prune": "pruned", "quantize": "quantized"}
+_STAGES = {
+    "finetune": "finetuned",
+    "distill": "distilled",
+    "prune": "pruned",
+    "quantize": "quantized",
+    "ptq": "quantized after training",
+}
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -327,6 +327,45 @@ def layers_line(report: Report) -> str:
     return text
 
 
+def ladder(found: dict[str, Any]) -> Table:
+    """One row per step of a precision ladder."""
+    name = found["metric"]
+    rows: list[tuple[object, ...]] = [
+        ("float32", units.NONE, units.metric({"name": name, "value": found["float"]}), units.NONE, units.NONE, units.NONE, "")
+    ]
+    rows += [
+        (
+            step["name"],
+            ", ".join(step["kept"]) or "none" if step["name"] != "float16" else "all, in float16",
+            units.metric({"name": name, "value": step["metric"]}),
+            units.number(step["drop"]) if step["drop"] >= 0 else f"−{units.number(-step['drop'])}",
+            units.percent(step["int8_macs"]),
+            units.seconds(step["seconds"]),
+            "yes" if step["within"] else "no",
+        )
+        for step in found["steps"]
+    ]
+    limit = f"within {found['max_drop']:g}"
+    return table(f"step|layers kept in float|{name}, validation >|points below float >|MACs in int8 >|time >|{limit}", rows)
+
+
+def ladder_line(found: dict[str, Any]) -> str:
+    """How a precision ladder ended, in one sentence."""
+    if not found["reached"]:
+        return f"No step is within {found['max_drop']:g} points of the float model on the validation split."
+    if found["precision"] == "float16":
+        return f"No int8 model is within {found['max_drop']:g} points of the float model; float16 takes its place."
+    last = found["steps"][-1]
+    kept = f" with {len(last['kept'])} layer{'s' if len(last['kept']) != 1 else ''} in float" if last["kept"] else ""
+    return f"int8{kept} is within {found['max_drop']:g} points of the float model: the step {last['name']!r}."
+
+
+def ladder_ranking(found: dict[str, Any]) -> Table:
+    """What int8 does to the outputs where one layer alone is quantized, the worst first."""
+    rows = [(entry["path"], f"{entry['divergence']:.2e}") for entry in found["ranking"]]
+    return table("layer|output error where it alone is int8 >", rows)
+
+
 def skipped(report: Report) -> Table:
     """What is missing and why."""
     return table("what|status|why", [(row["what"], row["status"], row["why"]) for row in report["skipped"]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,8 @@ class Context:
     """Told of every finished epoch: title, epochs in all, record."""
     on_step: Callable[[str, int, int, int], None] = ignore
     """Told of every step: title, steps done, steps in all, images so far in this epoch."""
+    say: Callable[[str], None] = ignore
+    """Told, in a line, of what a stage that does not train has found."""
     warn: Callable[[str], None] = warn
     """Told, in a sentence, of what is wrong but does not stop the run."""
     _fabric: Fabric | None = None
@@ -80,6 +82,8 @@ class Trained:
     loaded: Loaded
     history: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """What else the stage has to say; it goes into the artifact's metrics."""
 
 
 def fresh(config: ModelConfig, context: Context) -> Loaded:

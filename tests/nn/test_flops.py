@@ -5,7 +5,7 @@ from torch import nn
 
 from edgekd import models
 from edgekd.models import ModelConfig
-from edgekd.nn.flops import macs, parameters
+from edgekd.nn.flops import layer_macs, macs, parameters
 
 
 def test_resnet8_by_hand():
@@ -38,3 +38,25 @@ def test_the_model_is_left_as_it_was():
 def test_shared_parameters_count_once():
     layer = nn.Linear(4, 4)
     assert parameters(nn.Sequential(layer, layer)) == 20
+
+
+def test_layers_add_up_to_the_model():
+    model = models.build(ModelConfig(name="shufflenetv2"), num_classes=10, in_channels=3)
+    found = layer_macs(model, (3, 32, 32))
+    assert sum(found.values()) == macs(model, (3, 32, 32))
+    assert {path for path, part in model.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)} == set(found)
+
+
+def test_a_transposed_and_a_shared_layer_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.shared = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            return self.shared(self.shared(self.up(x)))
+
+    net = Net()
+    found = layer_macs(net, (4, 5, 7))
+    assert found == {"up": 4 * 5 * 7 * 3 * 2 * 2, "shared": 2 * 6 * 6 * 10 * 14}
+    assert sum(found.values()) == macs(net, (4, 5, 7))

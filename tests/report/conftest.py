@@ -322,6 +322,29 @@ class RunWriter:
         self.data["comparisons"].append({"folder": folder, "backend_name": backend, "target": "local", "cells": cells})
         return folder
 
+    def ladder(self, *, reached=True, precision="int8", kept=("stage1.conv",)):
+        """The checkpoint of a stage ``ptq`` whose first step was not good enough."""
+        rows = [("int8", [], 0.91, 1.0), ("keep in float", list(kept), 0.972 if reached else 0.93, 0.8)]
+        steps = [
+            {
+                "name": name,
+                "kept": kept_,
+                "metric": value,
+                "drop": round(100 * (0.975 - value), 6),
+                "int8_macs": share,
+                "seconds": 1.25,
+                "within": value > 0.97,
+            }
+            for name, kept_, value, share in rows
+        ]
+        ranking = [{"path": "stage1.conv", "divergence": 0.125}, {"path": "stage2.conv", "divergence": 0.0003}]
+        found = {"max_drop": 0.5, "metric": "accuracy", "float": 0.975, "reached": reached, "precision": precision}
+        metrics = {"params": 1000, "macs": 2000, "metric": {"name": "accuracy", "value": 0.97}, "val_metric": None, "epochs": 0}
+        metrics |= {"layers": [], "ladder": {**found, "ranking": ranking, "steps": steps}}
+        folder = self.artifact("checkpoint", "ptq", "student", config={}, metrics=metrics, files={"metrics.jsonl": ""})
+        self.data["models"].append({"role": "student", "stage": "ptq", "title": "resnet8", "folder": folder})
+        return folder
+
     def save(self):
         write_json(self.root / "run.json", self.data)
         return self.root

@@ -386,3 +386,42 @@ def test_the_precision_audit_is_shown_for_every_int8_engine(full):
     assert f"Precision audit of {engine['title']}" in unescaped(md)
     for row in shown.rows:
         assert " ".join(row) in page.all_text()
+
+
+def test_a_ladder_reads_the_same_everywhere(writer, full):
+    writer.ladder()
+    writer.save()
+    found, page, md = outputs(full)
+    text, plain_md, shown = page.all_text(), unescaped(md), "\n".join(report.lines(found))
+    for output in (text, plain_md, shown):
+        assert "int8 with 1 layer in float is within 0.5 points of the float model: the step 'keep in float'." in output
+        assert "97.50 %" in output  # the float model
+        assert "6.50" in output
+        assert "80.00 %" in output
+    row = next(line for line in plain_md.splitlines() if line.startswith("| keep in float"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["keep in float", "stage1.conv", "97.20 %", "0.300", "80.00 %", "1.2 s", "yes"]
+    assert "| stage1.conv | 1.25e-01 |" in plain_md
+    assert ("section", {"id": "ladder"}) in page.elements
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"reached": False}, "No step is within 0.5 points of the float model on the validation split."),
+        ({"precision": "float16"}, "No int8 model is within 0.5 points of the float model; float16 takes its place."),
+    ],
+)
+def test_how_a_ladder_ended(writer, full, options, sentence):
+    writer.ladder(**options)
+    writer.save()
+    found, page, md = outputs(full)
+    assert sentence in page.all_text()
+    assert sentence in unescaped(md)
+    assert sentence in "\n".join(report.lines(found))
+
+
+def test_a_run_without_a_ladder_has_no_such_section(full):
+    _, page, md = outputs(full)
+    assert ("section", {"id": "ladder"}) not in page.elements
+    assert "Precision ladder" not in page.all_text() + md

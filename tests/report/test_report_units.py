@@ -78,6 +78,7 @@ def test_plain_text_has_one_line_and_no_controls():
         ("teacher", "teacher", "teacher"),
         ("student_alone", "student_alone", "student alone"),
         ("student", "quantize", "student, quantized"),
+        ("student", "ptq", "student, quantized after training"),
         ("student", "other", "student, other"),
     ],
 )
