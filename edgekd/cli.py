@@ -189,12 +189,17 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, max=1024, help="For ONNX files: CPU threads.")] = 1,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Images per inference.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="How long to measure each.")] = 3.0,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="For ONNX files whose sizes are free: NAME=1x3x224x224, the batch first; once per input."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure engines: alone in a process of their own, and, where there are several, interleaved against the first."""
     from edgekd import standalone
 
-    result = standalone.bench(models, backend=backend, threads=threads, batch=batch, seconds=seconds)
+    shapes = standalone.parse_shapes(shape or [])
+    result = standalone.bench(models, backend=backend, threads=threads, batch=batch, seconds=seconds, shapes=shapes)
     print(json.dumps(result, indent=1) if as_json else "\n".join(standalone.lines(result)))
 
 

@@ -251,7 +251,7 @@ class Deployment:
     def _predict(self, engine: Artifact, images: Path) -> dict[str, np.ndarray[Any, Any]]:
         """All outputs of an engine on the test split."""
         path = self.store.root / "work" / "job" / "outputs.npz"
-        batch = min(32, len(self.dataset.test.labels))
+        batch = self.recipe.export.batch or min(32, len(self.dataset.test.labels))
         self._job(PredictJob(engine=str(engine.folder), inputs=str(images), out=str(path), batch=batch))
         with np.load(path, allow_pickle=False) as arrays:
             outputs = dict(arrays)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts import Artifact, write_json
+from edgekd.engines.base import DYNAMIC
 from edgekd.engines.preprocess import normalize
 from edgekd.errors import BuildError, EdgekdError
 from edgekd.export import bisect, onnx, parity
@@ -92,6 +93,8 @@ def where(
     graph = bisect.Graph(proto, integers=io["precision"] == "int8")
     order = parity.worst_first([failed], SEARCH_IMAGES)
     inputs = normalize(images[order], io["preprocessing"])
+    fixed = io["inputs"][0]["shape"][0]
+    batch = len(order) if fixed == DYNAMIC else fixed
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         np.save(root / "images.npy", images[order], allow_pickle=False)
@@ -105,7 +108,7 @@ def where(
             write_json(folder / "io.json", onnx.describe(cut, io["preprocessing"], io["precision"]))
             jobs: Sequence[Job] = (
                 BuildJob(str(folder / "model.onnx"), dict(backend), io["precision"], str(folder / "engine")),
-                PredictJob(str(folder / "engine"), str(root / "images.npy"), str(folder / "outputs.npz"), batch=len(order)),
+                PredictJob(str(folder / "engine"), str(root / "images.npy"), str(folder / "outputs.npz"), batch=batch),
             )
             for job in jobs:
                 result = run(job, folder / "job")

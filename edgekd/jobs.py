@@ -38,7 +38,8 @@ class BenchJob:
     engine: str
     """The engine's folder."""
     inputs: str
-    """An .npy file of real images, uint8 [N, H, W, C]; batches are cycled so that caches do not see one buffer only."""
+    """An .npy file of real images, uint8 [N, H, W, C], or an .npz file with an array [N, ...] for every input of the model, as it
+    takes it; batches are cycled so that caches do not see one buffer only."""
     batch: int = 1
     warmup_s: float = 0.3
     duration_s: float = 2.0

@@ -254,6 +254,14 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
     problems = []
     quantized = any(isinstance(stage, QuantizeConfig | PtqConfig) for stage in recipe.stages)
     for number, entry in enumerate(recipe.deploy):
+        if recipe.export.batch not in (None, entry.batch):
+            problems.append(
+                Problem(
+                    ("deploy", number, "batch"),
+                    f"batch is {entry.batch}, and the files take {recipe.export.batch} only (export.batch)",
+                    "give the same number in both, or leave export.batch free",
+                )
+            )
         for index, precision in enumerate(entry.precision):
             path: Path_ = ("deploy", number, "precision", index)
             reason = entry.backend.unsupported(precision)

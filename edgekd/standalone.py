@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,20 @@ import numpy as np
 from edgekd.artifacts import write_json
 from edgekd.engines import audit, graph, model_check, options_from, read_io
 from edgekd.engines.onnx_layers import layers
-from edgekd.errors import BuildError, EdgekdError
+from edgekd.errors import BuildError, EdgekdError, nearest
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult
 from edgekd.targets.local import Local
 
 LOG_LINES = 10
 """Lines of a failed worker's log that a message ends with."""
+Shape = tuple[int, ...]
 # The preprocessing of a model that says nothing about it: plain 0..1 images.
 PLAIN = {"layout": "NCHW", "color": "RGB", "scale": 1 / 255, "mean": [0.0], "std": [1.0]}
 
 
-def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds: float) -> dict[str, Any]:
+def bench(
+    models: list[Path], *, backend: str, threads: int, batch: int, seconds: float, shapes: Mapping[str, Shape] | None = None
+) -> dict[str, Any]:
     """Build what is not built yet, measure each engine alone, and several interleaved.
 
     Args:
@@ -32,6 +37,7 @@ def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds
         threads: CPU threads for the ONNX files' engines.
         batch: Images per inference.
         seconds: Steady state per engine.
+        shapes: Of the ONNX files' inputs by name, the batch first; needed where a size besides the batch is free.
 
     Returns:
         {"engines": [bench payloads with "model" and "audit" (the precision audit, or None)], "skipped": [{"model", "reason"}] for
@@ -42,9 +48,10 @@ def bench(models: list[Path], *, backend: str, threads: int, batch: int, seconds
     """
     with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as scratch:
         folder = Path(scratch)
-        engines = [_engine(model, backend, threads, folder / f"engine{number}") for number, model in enumerate(models)]
-        inputs = folder / "images.npy"
-        np.save(inputs, _images(engines[0], batch))
+        engines = [
+            _engine(model, backend, threads, folder / f"engine{number}", shapes or {}) for number, model in enumerate(models)
+        ]
+        inputs = _inputs(engines[0], batch, folder)
         results, skipped, names = [], [], []
         for model, engine in zip(models, engines, strict=True):
             job = BenchJob(engine=str(engine), inputs=str(inputs), batch=batch, duration_s=seconds)
@@ -89,7 +96,22 @@ def lines(result: dict[str, Any]) -> list[str]:
     return out
 
 
-def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
+def parse_shapes(texts: Sequence[str]) -> dict[str, Shape]:
+    """``name=1x3x224x224``, several times.
+
+    Raises:
+        BuildError: One is not of this form.
+    """
+    found = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        if not name or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+            raise BuildError(f"the shape {text!r} is not understood", hint="write NAME=1x3x224x224, the batch first")
+        found[name] = tuple(int(size) for size in sizes.split("x"))
+    return found
+
+
+def _engine(model: Path, backend: str, threads: int, folder: Path, shapes: Mapping[str, Shape]) -> Path:
     if model.is_dir():
         if not (model / "engine.json").exists():
             raise BuildError(
@@ -102,11 +124,14 @@ def _engine(model: Path, backend: str, threads: int, folder: Path) -> Path:
     source = folder / "source"
     source.mkdir()
     io = model.with_name("io.json")
+    known: dict[str, Any] = {}
     if io.exists():
         read_io(io)  # refuse a damaged one
-        description = json.loads(io.read_text())
-    else:
-        description = _describe(model)
+        known = json.loads(io.read_text())
+    if shapes:
+        model = _fixed(model, shapes, folder / "fixed.onnx")
+    # what an io.json says of inputs and outputs does not hold where their sizes were set
+    description = known if known and not shapes else {**known, **_describe(model, known.get("preprocessing"))}
     (source / "io.json").write_text(json.dumps(description))
     asked = _prepare(model, source)
     options: dict[str, Any] = {"name": backend}
@@ -146,31 +171,64 @@ def _prepare(model: Path, source: Path) -> set[str]:
     return {row["asked"] for row in rows}
 
 
-def _describe(model: Path) -> dict[str, Any]:
-    """The io.json of a foreign ONNX file with one image input."""
+def _describe(model: Path, preprocessing: dict[str, Any] | None) -> dict[str, Any]:
+    """The io.json of a foreign ONNX file; preprocessing that is not known is that of plain images, if it takes one batch of them."""
     proto = model_check.load(model).graph
     inputs, outputs = ([asdict(spec) for spec in find(proto, model)] for find in (graph.inputs, graph.outputs))
-    if len(inputs) != 1 or len(inputs[0]["shape"]) != 4 or inputs[0]["dtype"] != "float32" or -1 in inputs[0]["shape"][1:]:
+    free = [f"{each['name']} {list(each['shape'])}" for each in inputs if -1 in each["shape"][1:]]
+    if free:
         raise BuildError(
-            f"{model} has the inputs {inputs}; one float32 image batch [N, C, H, W] with fixed C, H and W is expected",
-            hint="put an io.json beside the model (docs/architecture.md shows one)",
+            f"{model} has inputs with free sizes besides the batch: {', '.join(free)}",
+            hint="give them with --shape NAME=1x3x224x224, or export the model with fixed sizes",
         )
-    channels = inputs[0]["shape"][1]
-    preprocessing = {**PLAIN, "mean": [0.0] * channels, "std": [1.0] * channels}
+    if preprocessing is None:
+        image = len(inputs) == 1 and len(inputs[0]["shape"]) == 4 and inputs[0]["dtype"] == "float32"
+        channels = inputs[0]["shape"][1] if image else 0
+        preprocessing = {**PLAIN, "mean": [0.0] * channels, "std": [1.0] * channels} if image else {}
     return {"inputs": inputs, "outputs": outputs, "preprocessing": preprocessing}
 
 
-def _images(engine: Path, batch: int) -> np.ndarray[Any, Any]:
-    """The run's own images where the engine belongs to one, else random ones of the right size."""
-    shape = read_io(engine / "io.json").inputs[0].shape
-    if len(shape) != 4 or min(shape[1:]) < 1:
-        raise BuildError(f"{engine} takes {list(shape)}; one image batch [N, C, H, W] with fixed C, H and W is expected")
-    channels, height, width = shape[1:]
-    for path in sorted((engine.parent / "inputs").glob("bench-*.npy"), key=lambda path: -path.stat().st_mtime):
-        images: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
-        if images.shape[1:] == (height, width, channels):
-            return images
-    return np.random.default_rng(0).integers(0, 256, (max(8, batch), height, width, channels), dtype=np.uint8)
+def _fixed(model: Path, shapes: Mapping[str, Shape], out: Path) -> Path:
+    """The model with the sizes of its inputs set."""
+    import onnx
+
+    proto = model_check.load(model)
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise BuildError(f"{model} has no input {name!r}{nearest(name, list(inputs))}; it has {', '.join(inputs)}")
+        given = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in inputs[name]]
+        if len(given) != len(shape) or any(have not in (-1, want) for have, want in zip(given, shape, strict=True)):
+            raise BuildError(f"input {name!r} of {model} has shape {given} (-1: free); {list(shape)} does not fit it")
+        for dim, size in zip(inputs[name], shape, strict=True):
+            dim.dim_value = size
+    onnx.external_data_helper.load_external_data_for_model(proto, str(model.parent))
+    onnx.save(proto, str(out))
+    return out
+
+
+def _inputs(engine: Path, batch: int, folder: Path) -> Path:
+    """The run's own images where the engine belongs to one, else random values of the right shapes and types."""
+    io = read_io(engine / "io.json")
+    draw, count = np.random.default_rng(0), max(8, batch)
+    if not io.preprocessing:
+        values = {
+            spec.name: draw.normal(size=shape).astype(spec.dtype)
+            if spec.dtype.startswith("float")
+            else draw.integers(0, 2, shape).astype(spec.dtype)  # small: what they count or index is not known
+            for spec in io.inputs
+            for shape in [(count, *spec.shape[1:])]
+        }
+        np.savez(folder / "inputs.npz", allow_pickle=False, **values)
+        return folder / "inputs.npz"
+    channels, height, width = io.inputs[0].shape[1:]
+    images: np.ndarray[Any, Any] = draw.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+    for path in sorted((engine.parent / "inputs").glob("bench-*.npy"), key=lambda path: path.stat().st_mtime):
+        found: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+        if found.shape[1:] == (height, width, channels):
+            images = found
+    np.save(folder / "images.npy", images)
+    return folder / "images.npy"
 
 
 def _run(job: Any, folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ COMMANDS = {
     "schema": [],
     "methods": ["--json"],
     "backends": ["--json"],
-    "bench": ["models", "--backend", "--threads", "--batch", "--seconds", "--json"],
+    "bench": ["models", "--backend", "--threads", "--batch", "--seconds", "--shape", "--json"],
     "bundle": ["run", "--backend", "--precision", "--engine", "--out"],
     "check-bundle": ["folder", "--rebuild"],
     "report": ["run", "--out"],

@@ -380,6 +380,13 @@ BAD = {
         "add compare",
         BASE.replace("[teacher, student]", "[student_alone]"),
     ),
+    "batch that the files do not take": Bad(
+        "budget: {size",
+        "export: {batch: 4}\nbudget: {size",
+        "backend: {name: onnxruntime",
+        "deploy[0].batch: batch is 1, and the files take 4 only",
+        "leave export.batch free",
+    ),
     "budget without limit": Bad(
         "{size_mib: 1.0, accuracy_drop: 3}",
         "{size_mib: null}",

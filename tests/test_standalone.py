@@ -165,3 +165,51 @@ def test_an_io_json_that_does_not_fit_is_an_error(model, tmp_path, text, message
 def test_an_unknown_backend_is_refused(model):
     with pytest.raises(BuildError, match=r"unknown backend 'openvina'.*did you mean 'openvino'"):
         bench(model, backend="openvina")
+
+
+def foreign(path, *shapes, outputs=1):
+    """A file that adds up its inputs, each reduced to one number per item."""
+    from onnx import TensorProto, helper
+
+    nodes, parts, inputs = [], [], []
+    for index, (kind, shape) in enumerate(shapes):
+        name = f"in{index}"
+        inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        nodes.append(helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Flatten", [f"{name}.float"], [f"{name}.flat"]))
+        nodes.append(helper.make_node("ReduceMean", [f"{name}.flat", "axes"], [f"{name}.mean"]))
+        parts.append(f"{name}.mean")
+    nodes.append(helper.make_node("Sum", parts, ["sum"]))
+    results = [helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", 1])]
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    graph = helper.make_graph(nodes, "net", inputs, results, [axes])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_file_with_several_inputs_that_are_no_images(tmp_path, backend):
+    pytest.importorskip(backend)
+    path = foreign(tmp_path / "net.onnx", (1, ["batch", 7]), (7, ["batch", 3]), (1, ["batch", 3, 8, 8]))
+    (engine,) = bench(path, backend=backend)["engines"]
+    assert len(engine["samples_ns"]) >= 50
+
+
+def test_free_sizes_are_asked_for_and_then_set(tmp_path):
+    path = foreign(tmp_path / "net.onnx", (1, ["batch", 3, "height", "width"]), (1, ["batch", 5]))
+    with pytest.raises(BuildError, match=r"free sizes besides the batch: in0 \[-1, 3, -1, -1\]$") as caught:
+        bench(path)
+    assert "--shape" in caught.value.hint
+    (engine,) = bench(path, shapes={"in0": (2, 3, 16, 12), "in1": (2, 5)})["engines"]
+    assert engine["batch"] == 2
+    with pytest.raises(BuildError, match=r"\[-1, 3, -1, -1\] \(-1: free\); \[2, 4, 16, 12\] does not fit"):
+        bench(path, shapes={"in0": (2, 4, 16, 12)})
+    with pytest.raises(BuildError, match=r"no input 'in2'.*did you mean"):
+        bench(path, shapes={"in2": (2, 5)})
+
+
+def test_shapes_are_read():
+    assert standalone.parse_shapes(["a=1x3x224x224", "b=c=4"]) == {"a": (1, 3, 224, 224), "b=c": (4,)}
+    for text in ("a", "a=", "a=1x", "a=0x3", "=1x3"):
+        with pytest.raises(BuildError, match="is not understood"):
+            standalone.parse_shapes([text])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.bench import host, sensors, stats
-from edgekd.bench.measure import engine_threads, input_pool, load_images, pool_key, timed, warm_up
+from edgekd.bench.measure import engine_threads, input_pool, load_inputs, pool_key, timed, warm_up
 from edgekd.engines import backend, open_engine, read_engine, read_io
 from edgekd.engines.base import Array, Session
 from edgekd.errors import DataError
@@ -32,16 +32,16 @@ def compare(job: CompareJob) -> dict[str, Any]:
         The record: latencies and raw samples per engine, the noise floor, and per engine its speed-up over the first one.
 
     Raises:
-        BuildError: An engine cannot be opened or does not take these images.
-        DataError: There is no engine, or the images cannot be read.
+        BuildError: An engine cannot be opened or does not take these inputs.
+        DataError: There is no engine, or the inputs cannot be read.
         WrongMachineError: This machine cannot run one of them.
     """
     folders = [Path(name) for name in job.engines]
     if not folders:
         raise DataError("compare needs at least one engine; received none")
     infos, ios = [read_engine(folder) for folder in folders], [read_io(folder / "io.json") for folder in folders]
-    images = load_images(Path(job.inputs))
-    pools = {pool_key(io): input_pool(images, io, job.batch) for io in ios}
+    inputs = load_inputs(Path(job.inputs))
+    pools = {pool_key(io): input_pool(inputs, io, job.batch) for io in ios}
     libraries = {info.options.name: backend(info.options.name).available() for info in infos}
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(open_engine(folder)) for folder in (*folders, folders[0])]  # the last is the A/A arm

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekd.bench import host, sensors, stats
 from edgekd.engines import EngineInfo, backend, open_engine, read_engine, read_io
@@ -18,6 +20,8 @@ from edgekd.engines.preprocess import check, normalize
 from edgekd.errors import DataError
 from edgekd.jobs import BenchJob
 
+Inputs = Array | dict[str, Array]
+"""Images, uint8 [N, H, W, C]; or, by the name of each input of a model, what it takes, [N, ...]."""
 POOL_MIB = 32
 """Inputs kept ready: enough that they do not all stay in the caches next to the model, few enough for a small device."""
 
@@ -29,14 +33,14 @@ def bench(job: BenchJob) -> dict[str, Any]:
         The record that ``BenchRecord`` keeps; times in milliseconds, raw samples in nanoseconds.
 
     Raises:
-        BuildError: The engine cannot be opened or does not take these images.
-        DataError: The images cannot be read.
+        BuildError: The engine cannot be opened or does not take these inputs.
+        DataError: The inputs cannot be read.
         WrongMachineError: This machine cannot run the engine.
     """
     folder = Path(job.engine)
     info, io = read_engine(folder), read_io(folder / "io.json")
     threads = info.threads or 1
-    pool = input_pool(load_images(Path(job.inputs)), io, job.batch)
+    pool = input_pool(load_inputs(Path(job.inputs)), io, job.batch)
     library = backend(info.options.name).available()  # imports it, so that loading it is not counted as loading the engine
     meter = sensors.EnergyMeter()
     idle_w = meter.idle_watts() if meter else 0.0
@@ -91,19 +95,18 @@ def bench(job: BenchJob) -> dict[str, Any]:
 
 
 def predict(engine: Path, inputs: Path, out: Path, batch: int) -> dict[str, Any]:
-    """Run an engine on every image and write all outputs to an .npz file, one array per output, in the order of the images."""
+    """Run an engine on all inputs and write all outputs to an .npz file, one array per output, in the order of the inputs."""
     info, io = read_engine(engine), read_io(engine / "io.json")
-    images = load_images(inputs)
+    given = load_inputs(inputs)
+    total = _count(given)
     fixed = io.inputs[0].shape[0] != DYNAMIC  # then the last batch is filled up, and its surplus cut off
     parts: dict[str, list[Array]] = {}
     start = time.perf_counter()
     with open_engine(engine) as session:
-        for first in range(0, len(images), batch):
-            chunk = images[first : first + batch]
-            count = len(chunk)
-            if fixed and count < batch:
-                chunk = np.concatenate([chunk, np.repeat(chunk[-1:], batch - count, axis=0)])
-            for name, array in session.infer(make_feeds(chunk, io)).items():
+        for first in range(0, total, batch):
+            count = min(batch, total - first)
+            rows = np.minimum(np.arange(first, first + (batch if fixed else count)), total - 1)
+            for name, array in session.infer(_feeds(given, rows, io)).items():
                 parts.setdefault(name, []).append(array[:count])
     outputs = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     with out.open("wb") as stream:
@@ -111,11 +114,32 @@ def predict(engine: Path, inputs: Path, out: Path, batch: int) -> dict[str, Any]
     return {
         "backend": info.options.name,
         "precision": info.precision,
-        "images": len(images),
+        "images": total,
         "out": str(out),
         "outputs": {name: list(array.shape) for name, array in outputs.items()},
         "seconds": time.perf_counter() - start,
     }
+
+
+def load_inputs(path: Path) -> Inputs:
+    """What a model is to be given: images from an .npy file, or the model's own inputs from an .npz file.
+
+    Raises:
+        DataError: The file cannot be read, is empty, or its arrays have different lengths.
+    """
+    if path.suffix != ".npz":
+        return load_images(path)
+    hint = "save every input under its name with numpy.savez, [N, ...] each"
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = dict(found)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"the inputs {path} cannot be read: {error}", hint=hint) from error
+    lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        received = ", ".join(f"{name}: {list(array.shape)}" for name, array in arrays.items()) or "no array"
+        raise DataError(f"{path}: expected arrays of one length above 0; received {received}", hint=hint)
+    return arrays
 
 
 def load_images(path: Path) -> Array:
@@ -138,18 +162,34 @@ def make_feeds(images_NHWC: Array, io: Io) -> dict[str, Array]:
     """The model's input for these images."""
     spec = io.inputs[0]
     if len(io.inputs) != 1:
-        raise DataError(f"the model has {len(io.inputs)} inputs; images can only be given to one")
+        raise DataError(
+            f"the model has {len(io.inputs)} inputs; images can only be given to one",
+            hint="give an .npz file with an array for every input",
+        )
     return {spec.name: normalize(images_NHWC, io.preprocessing).astype(spec.dtype, copy=False)}
 
 
-def input_pool(images_NHWC: Array, io: Io, batch: int) -> list[dict[str, Array]]:
-    """Ready batches of real images, at least one and at most ``POOL_MIB``; a short file is repeated."""
-    check(images_NHWC, io.preprocessing)  # all of them, so that a refusal tells the shape of the user's file and not of a batch
-    size = images_NHWC[0].size * 4 * batch  # bytes as float32
-    count = max(1, min(len(images_NHWC) // batch, POOL_MIB * 2**20 // size, 64))
-    return [
-        make_feeds(images_NHWC[np.arange(index * batch, (index + 1) * batch) % len(images_NHWC)], io) for index in range(count)
-    ]
+def input_pool(inputs: Inputs, io: Io, batch: int) -> list[dict[str, Array]]:
+    """Ready batches, at least one and at most ``POOL_MIB``; a short file is repeated."""
+    total = _count(inputs)
+    if isinstance(inputs, dict):
+        size = sum(array[0].nbytes for array in inputs.values()) * batch
+    else:
+        check(inputs, io.preprocessing)  # all of them, so that a refusal tells the shape of the user's file and not of a batch
+        size = inputs[0].size * 4 * batch  # bytes as float32
+    count = max(1, min(total // batch, POOL_MIB * 2**20 // max(size, 1), 64))
+    return [_feeds(inputs, np.arange(index * batch, (index + 1) * batch) % total, io) for index in range(count)]
+
+
+def _count(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+
+
+def _feeds(inputs: Inputs, rows: NDArray[np.int64], io: Io) -> dict[str, Array]:
+    """The model's inputs for these rows of a file; whether they are the model's is for the session to say."""
+    if isinstance(inputs, dict):
+        return {name: np.ascontiguousarray(array[rows]) for name, array in inputs.items()}
+    return make_feeds(inputs[rows], io)
 
 
 def timed(session: Session, feeds: Mapping[str, Array]) -> int:
@@ -184,7 +224,7 @@ def _steady(session: Session, pool: list[dict[str, Array]], job: BenchJob) -> tu
 
 def pool_key(io: Io) -> str:
     """Engines with the same key take the same inputs."""
-    return json.dumps([io.inputs[0].name, io.inputs[0].dtype, dict(io.preprocessing)], sort_keys=True)
+    return json.dumps([[[spec.name, spec.dtype] for spec in io.inputs], dict(io.preprocessing)], sort_keys=True)
 
 
 def engine_threads(infos: list[EngineInfo]) -> list[int]:

@@ -11,6 +11,8 @@ from edgekd._optional import require
 
 PATH = "edgekd.path"
 """Key in a node's metadata: the path of the module that it belongs to, in the user's model."""
+FUSED = ("Relu", "Clip", "Add", "HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh")
+"""What libraries fuse into the layer before it, and may then name after it."""
 
 
 def paths(model: Any) -> dict[str, str]:
@@ -41,7 +43,7 @@ def sizes(model: Any) -> dict[str, list[int]]:
 
 
 def layers(model: Any) -> list[dict[str, Any]]:
-    """layers.json: every convolution and matrix product with constant weights, in the graph's order.
+    """layers.json: every convolution, transposed or not, and matrix product with constant weights, in the graph's order.
 
     Returns:
         Rows with node (its name in the file), outputs (its tensor, and those of a ReLU or an addition right behind it, by which
@@ -63,13 +65,13 @@ def layers(model: Any) -> list[dict[str, Any]]:
     def fused(name: str) -> list[str]:
         """A tensor, and what activations and additions make of it."""
         users = [node for node in model.graph.node if name in node.input]
-        if len(users) == 1 and users[0].op_type in ("Relu", "Clip", "Add"):
+        if len(users) == 1 and users[0].op_type in FUSED:
             return [name, *fused(users[0].output[0])]
         return [name]
 
     rows = []
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             continue
         weight, quantized = origin(node.input[1])
         if weight is None:
@@ -77,9 +79,13 @@ def layers(model: Any) -> list[dict[str, Any]]:
         source = makers.get(node.input[0])
         integer = quantized and source is not None and source.op_type == "DequantizeLinear"
         dims = list(weight.dims)
-        outputs = math.prod(shapes.get(node.output[0], [0]))
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        each = math.prod(dims[1:]) if node.op_type == "Conv" else dims[-1 if transposed else -2]
+        if node.op_type == "ConvTranspose":  # every value of its input meets every weight of its channel
+            values, each = shapes.get(node.input[0], [0]), math.prod(dims[1:])
+        elif node.op_type == "Conv":
+            values, each = shapes.get(node.output[0], [0]), math.prod(dims[1:])
+        else:
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            values, each = shapes.get(node.output[0], [0]), dims[-1 if transposed else -2]
         # The name of its weights is the layer's own; where they are computed, the scope is.
         named = weight.name.endswith((".codes", ".weight"))
         rows.append(
@@ -88,7 +94,7 @@ def layers(model: Any) -> list[dict[str, Any]]:
                 "outputs": fused(node.output[0]),
                 "path": weight.name.rsplit(".", 1)[0] if named else modules.get(node.name) or node.name,
                 "op": node.op_type,
-                "macs": outputs * each,
+                "macs": math.prod(values) * each,
                 "asked": "int8" if integer else np.dtype(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)).name,
             }
         )

@@ -223,7 +223,7 @@ class OnnxRuntime:
         return [FILE, *plans]
 
     def executed(self, folder: Path, options: OnnxRuntimeOptions) -> list[Executed]:
-        """The kernels of profiled inferences of zeros: their names are the nodes', with a suffix where nodes were fused.
+        """The kernels of profiled inferences of zeros: their names are the nodes', with more where nodes were fused.
 
         TensorRT compiles many nodes to one, and ONNX Runtime does not say which, nor what runs in it. So its engines are not
         inspected, unless layers were left to another provider: these are told.
@@ -272,7 +272,7 @@ def _kernels(events: list[dict[str, Any]], provider: str) -> list[Executed]:
             times.setdefault(key, []).append(event["dur"])
     return [
         Executed(
-            (re.sub(r"(_token_\d+|_nchwc|/.*)$", "", name),),
+            (re.sub(r"^fused |(_token_\d+|_nchwc|/.*)$", "", name),),
             kind,
             precision,
             float(np.median(durations)),

@@ -38,8 +38,14 @@ def check(images_NHWC: NDArray[Any], preprocessing: Mapping[str, Any]) -> None:
     """Refuse images that the preprocessing does not fit, without reading a pixel.
 
     Raises:
-        DataError: The images are not uint8 [N, H, W, C], or C is not the number of means and standard deviations.
+        DataError: The model takes no images, these are not uint8 [N, H, W, C], or C is not the number of means and standard
+            deviations.
     """
+    if not preprocessing:
+        raise DataError(
+            "the model's io.json has no preprocessing: it does not take images",
+            hint="give an .npz file with an array for every input",
+        )
     mean, std = (np.asarray(preprocessing[key], np.float32) for key in ("mean", "std"))
     if preprocessing.get("layout", "NCHW") != "NCHW":
         raise DataError(f"the model's layout is {preprocessing['layout']!r}; only NCHW is supported")

@@ -23,14 +23,25 @@ _OURS = ("quantizers.", "taps.")
 """Modules that edgekd puts into a model: what they make belongs to the module in front."""
 
 
-def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], opset: int) -> Any:
-    """The module as an ONNX model with a free batch size.
+def export(
+    module: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    output_names: Sequence[str],
+    opset: int,
+    input_names: Sequence[str] = (INPUT,),
+    batch: int | None = None,
+) -> Any:
+    """The module as an ONNX model.
 
     Args:
         module: In eval mode; an encoded one for integers (edgekd.export.qdq).
-        example: An input, [B, C, H, W] with B of at least 2 (torch.export takes a batch of 1 for a constant).
+        example: The input, or all of them in the order of ``forward``: [B, ...] each, with B of at least 2 (torch.export takes a
+            batch of 1 for a constant).
         output_names: Of the outputs, in order.
         opset: ONNX opset.
+        input_names: Of the inputs, in order.
+        batch: The one batch size that the file takes; None leaves it free.
 
     Returns:
         An onnx.ModelProto, checked. Nodes say which module they belong to (edgekd.engines.onnx_layers.paths), and those that make
@@ -42,16 +53,19 @@ def export(module: nn.Module, example: Tensor, *, output_names: Sequence[str], o
     import onnx
     import onnxslim
 
+    examples = (example,) if isinstance(example, Tensor) else example
+    if batch is not None:
+        examples = tuple(part[:1].expand(batch, *part.shape[1:]).contiguous() for part in examples)
     try:
         with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch's own internals, nothing that a user could act on
             program = torch.onnx.export(
                 module,
-                (example,),
+                examples,
                 dynamo=True,
                 custom_translation_table=translations(),
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                input_names=[INPUT],
+                dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples) if batch is None else None,
+                input_names=list(input_names),
                 output_names=list(output_names),
                 opset_version=opset,
                 verbose=False,

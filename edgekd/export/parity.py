@@ -199,9 +199,7 @@ def file_outputs(model: Path | bytes, images: Array) -> dict[str, Array]:
         ParityError: ONNX Runtime cannot run it.
     """
     session = _session(model)
-    source = session.get_inputs()[0].name
-    parts = [_run(session, {source: images[start : start + BATCH]}) for start in range(0, len(images), BATCH)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return _run(session, {session.get_inputs()[0].name: images}, BATCH)
 
 
 def run_once(model: Any, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -226,12 +224,19 @@ def _session(model: Path | bytes) -> Any:
         raise _refused(error) from error
 
 
-def _run(session: Any, feeds: dict[str, Array]) -> dict[str, Array]:
+def _run(session: Any, feeds: dict[str, Array], batch: int | None = None) -> dict[str, Array]:
+    """All outputs; in parts of ``batch``, or of the one batch size that a file takes, the last filled up and its surplus cut off."""
     names = [output.name for output in session.get_outputs()]
+    first, count = session.get_inputs()[0].shape[0], len(next(iter(feeds.values())))
+    step = first if isinstance(first, int) else batch or count
+    parts = []
     try:
-        return dict(zip(names, session.run(names, feeds), strict=True))
+        for start in range(0, count, step):
+            rows = np.arange(start, start + step if isinstance(first, int) else min(start + step, count)).clip(max=count - 1)
+            parts.append(session.run(names, {name: array[rows] for name, array in feeds.items()}))
     except Exception as error:  # as above
         raise _refused(error) from error
+    return {name: np.concatenate([part[index] for part in parts])[:count] for index, name in enumerate(names)}
 
 
 def _refused(error: Exception) -> ParityError:

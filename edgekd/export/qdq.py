@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgekd.errors import ExportError
-from edgekd.quantize.fake_quant import SMALLEST_SCALE, QuantConv2d, Quantizer, QuantLinear, quantized_weight, weight_scale
+from edgekd.quantize.fake_quant import (
+    SMALLEST_SCALE,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    Quantizer,
+    QuantLayer,
+    QuantLinear,
+    quantized_weight,
+    weight_scale,
+)
 
 ENCODINGS = ("u8", "s8")
 
@@ -58,6 +67,23 @@ class EncodedConv2d(nn.Module):
         if self._padding is not None:
             values, padding = nn.functional.pad(values, self._padding[0], mode=self._padding[1]), (0, 0)
         return nn.functional.conv2d(values, dequantize(self.codes, self.scale, 0), self.bias, stride, padding, dilation, groups)
+
+
+class EncodedConvTranspose2d(nn.Module):
+    """A transposed convolution whose weights are int8 codes, [Cin, Cout, kH, kW]; a batch norm is in its scales and bias."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantConvTranspose2d, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._options: Any = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        _store(self, codes, scale, bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, Cin, H, W] to [B, Cout, H', W']."""
+        return nn.functional.conv_transpose2d(values, dequantize(self.codes, self.scale, 1), self.bias, *self._options)
 
 
 class EncodedLinear(nn.Module):
@@ -106,8 +132,8 @@ def encode(quantized: nn.Module, encoding: str) -> nn.Module:
     calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
     for node in list(model.graph.nodes):
         layer = quantized.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, QuantConv2d | QuantLinear):
-            norm = _take_norm(model, node) if isinstance(layer, QuantConv2d) else None
+        if isinstance(layer, QuantLayer):
+            norm = None if isinstance(layer, QuantLinear) else _take_norm(model, node)
             if calls[node.target] > 1:  # each call has a batch norm of its own to take
                 node.target = f"{node.target}_{node.name}"
             model.set_submodule(str(node.target), _encoded(layer, norm))
@@ -143,10 +169,11 @@ def _take_norm(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _encoded(layer: QuantConv2d | QuantLinear, norm: Any) -> nn.Module:
-    weight, scale = layer.weight.float(), weight_scale(layer.weight)
-    column = scale.view(-1, *[1] * (weight.ndim - 1))
-    codes = (quantized_weight(weight) / column).round()
+def _encoded(layer: QuantLayer, norm: Any) -> nn.Module:
+    axis = int(isinstance(layer, QuantConvTranspose2d))
+    weight, scale = layer.weight.float(), weight_scale(layer.weight, axis)
+    column = [-1 if index == axis else 1 for index in range(weight.ndim)]
+    codes = (quantized_weight(weight, axis) / scale.view(column)).round()
     bias = None if layer.bias is None else layer.bias.float().clone()
     if norm is not None:
         gain = (norm.running_var.float() + norm.eps).rsqrt()
@@ -154,10 +181,14 @@ def _encoded(layer: QuantConv2d | QuantLinear, norm: Any) -> nn.Module:
         shift = -norm.running_mean.float() * gain + (0 if norm.bias is None else norm.bias.float())
         bias = shift if bias is None else shift + bias * gain
         # a scale is positive: a negative gain turns the codes' signs, and one of zero the codes to zero
-        codes = codes * gain.sign().view(-1, *[1] * (weight.ndim - 1))
+        codes = codes * gain.sign().view(column)
         scale = (scale * gain.abs()).clamp_min(SMALLEST_SCALE**2)
     codes = codes.to(torch.int8)
-    return EncodedConv2d(layer, codes, scale, bias) if isinstance(layer, QuantConv2d) else EncodedLinear(codes, scale, bias)
+    if isinstance(layer, QuantLinear):
+        return EncodedLinear(codes, scale, bias)
+    if isinstance(layer, QuantConvTranspose2d):
+        return EncodedConvTranspose2d(layer, codes, scale, bias)
+    return EncodedConv2d(layer, codes, scale, bias)
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

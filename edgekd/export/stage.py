@@ -32,6 +32,8 @@ class ExportConfig(Config):
 
     opset: int = Field(20, ge=18, le=22)
     """ONNX opset of the files."""
+    batch: int | None = Field(None, ge=1, le=4096)
+    """The one batch size that the files take, and deploy.batch must be; null leaves it free."""
     parity_images: int = Field(256, ge=1, le=100_000)
     """Images on which the file is compared with torch (validation split), and engines with the file (test split)."""
     max_error: float | None = Field(None, gt=0)
@@ -63,7 +65,8 @@ def run(
     loaded = quantize_stage.load(checkpoint)
     integers = encoding in ENCODINGS
     module = encode(loaded.module, encoding) if integers else loaded.module.eval()
-    model = onnx.export(module, loaded.architecture.example(), output_names=task.output_names, opset=config.opset)
+    example = loaded.architecture.example()
+    model = onnx.export(module, example, output_names=task.output_names, opset=config.opset, batch=config.batch)
     kept: list[float16.Kept] = []
     if encoding == "float16":
         calibration = np.array(dataset.calib.images[:RANGE_IMAGES])

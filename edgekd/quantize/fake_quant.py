@@ -109,15 +109,16 @@ def _scaled_gradient(scale: Tensor, factor: float) -> Tensor:
     return scale * factor + (scale * (1 - factor)).detach()
 
 
-def weight_scale(weight: Tensor) -> Tensor:
-    """One scale per output channel, [C], from its largest weight; no gradient."""
-    largest = weight.detach().float().flatten(1).abs().amax(1)
+def weight_scale(weight: Tensor, axis: int = 0) -> Tensor:
+    """One scale per output channel, [C], from its largest weight; no gradient. ``axis`` is where output channels are."""
+    largest = weight.detach().float().transpose(0, axis).flatten(1).abs().amax(1)
     return (largest / 127).clamp_min(SMALLEST_SCALE)
 
 
-def quantized_weight(weight: Tensor) -> Tensor:
+def quantized_weight(weight: Tensor, axis: int = 0) -> Tensor:
     """The weight rounded to codes -127..127, one scale per output channel; the gradient passes unchanged."""
-    return fake_quantize(weight.float(), weight_scale(weight), 0, -127, 127).to(weight.dtype)
+    turned = weight.float().transpose(0, axis)
+    return fake_quantize(turned, weight_scale(turned), 0, -127, 127).transpose(0, axis).to(weight.dtype)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -128,6 +129,15 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(input, quantized_weight(self.weight), self.bias)
 
 
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution with int8 weights, one scale per output channel: axis 1 of [Cin, Cout, kH, kW]."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # a file has one output size: that of the stride
+        """[B, Cin, H, W] to [B, Cout, H', W']."""
+        options: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return nn.functional.conv_transpose2d(input, quantized_weight(self.weight, 1), self.bias, *options)
+
+
 class QuantLinear(nn.Linear):
     """A linear layer with int8 weights; its float weights are what is trained."""
 
@@ -136,24 +146,30 @@ class QuantLinear(nn.Linear):
         return nn.functional.linear(input, quantized_weight(self.weight), self.bias)
 
 
-def quantized_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
+QuantLayer = QuantConv2d | QuantConvTranspose2d | QuantLinear
+
+
+def quantized_layer(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> QuantLayer:
     """The quantized twin of a layer; it takes over the layer's own parameters."""
-    twin: QuantConv2d | QuantLinear
+    twin: QuantLayer
     bias = layer.bias is not None
     with torch.device("meta"):  # its first weights are thrown away
-        if isinstance(layer, nn.Conv2d):
-            twin = QuantConv2d(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,  # type: ignore[arg-type]  # torch stores a tuple of any length
-                stride=layer.stride,  # type: ignore[arg-type]
-                padding=layer.padding,  # type: ignore[arg-type]
-                dilation=layer.dilation,  # type: ignore[arg-type]
-                groups=layer.groups,
-                bias=bias,
-                padding_mode=layer.padding_mode,
-            )
-        else:
+        if isinstance(layer, nn.Linear):
             twin = QuantLinear(layer.in_features, layer.out_features, bias=bias)
+        else:
+            options: dict[str, Any] = {
+                "stride": layer.stride,
+                "padding": layer.padding,
+                "dilation": layer.dilation,
+                "groups": layer.groups,
+                "bias": bias,
+                "padding_mode": layer.padding_mode,
+            }
+            sizes: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
+            if isinstance(layer, nn.ConvTranspose2d):
+                options["output_padding"] = layer.output_padding
+                twin = QuantConvTranspose2d(*sizes, **options)
+            else:
+                twin = QuantConv2d(*sizes, **options)
     twin.weight, twin.bias = layer.weight, layer.bias
     return twin.train(layer.training)

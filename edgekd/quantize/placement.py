@@ -2,21 +2,24 @@
 
 The model is traced (torch.fx) and these rules applied to the graph:
 
-- Convolutions and linear layers get int8 weights, and every tensor that they read is quantized where it is made: after the
-  ReLU, or after the batch norm where no ReLU follows, which are folded into the convolution at export.
+- Convolutions, transposed ones and linear layers get int8 weights, and every tensor that they read is quantized where it is
+  made: after the ReLU, or after the batch norm where no ReLU follows, which are folded into the convolution at export.
 - A convolution's result is always quantized, except where it is the model's output: ONNX Runtime runs no convolution on integers
   whose result is not.
 - Both inputs of an addition behind convolutions are quantized, and its result, after the ReLU. Quantizing the residual input
   alone leaves ONNX Runtime with float convolutions (a ResNet-18 then runs no faster than in float32).
 - Operations that move values without changing them (max pooling, reshape, split, nearest upsampling) and concatenations share one
   quantizer among what goes in and what comes out.
-- Everything else (SiLU, hard-swish, LayerNorm, softmax, GELU, products, batch norms that follow no convolution) stays in float.
+- Everything else stays in float: SiLU, hard-swish, LayerNorm, softmax, GELU, batch norms that follow no convolution, and products
+  of two activations (attention's q k and its weights times v; the linear layers around them are int8).
+- A transposed convolution with groups stays in float as well (:func:`quantizable`). One without is int8 in every file; OpenVINO
+  runs it on integers, and ONNX Runtime, which has no such kernel, in float with the same int8 weights: the audit says so.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +29,14 @@ from torch import fx, nn
 from edgekd.errors import TrainingError
 from edgekd.nn.taps import INPUT
 
-LAYERS = (nn.Conv2d, nn.Linear)
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softmax, F.relu, F.relu6, torch.relu, torch.sigmoid, "relu", "relu_", "sigmoid")
 RELUS = (nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_")
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 AVERAGES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean")
+WEIGHTED = ("bilinear", "linear", "area")
+"""Ways to resize a map whose results are averages: of nonnegative values they are nonnegative (bicubic ones overshoot)."""
 DROPOUTS = (nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d)
 SPLITS = (torch.chunk, torch.split, "chunk", "split")
 MOVES = (
@@ -39,6 +45,35 @@ MOVES = (
     *(*SPLITS, torch.squeeze, torch.unsqueeze),
     *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
 )
+
+
+def quantizable(layer: nn.Module) -> bool:
+    """Whether a layer can have int8 weights.
+
+    A transposed convolution with groups cannot: ONNX gives its weights one scale per entry of axis 1, which holds one channel of
+    every group, so the batch norm behind it could not be folded in.
+    """
+    return isinstance(layer, LAYERS) and not (isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1)
+
+
+def kept_in_float(traced: fx.GraphModule, which: Sequence[str]) -> set[str]:
+    """Module paths of the layers that stay in float by their place or kind.
+
+    Args:
+        traced: The graph.
+        which: ``first`` and ``last``, by the order of execution, and ``depthwise``: convolutions with one channel per group.
+
+    Raises:
+        TrainingError: The model has no depthwise convolution, and they were named.
+    """
+    modules = dict(traced.named_modules())
+    called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    paths = [path for path in called if isinstance(modules[path], LAYERS)]
+    depthwise = {path for path in paths if 1 < getattr(modules[path], "groups", 1) == modules[path].in_channels}
+    if "depthwise" in which and not depthwise:
+        raise TrainingError("quantizer.keep_float: the model has no depthwise convolution", hint="remove it there")
+    found = {"first": set(paths[:1]), "last": set(paths[-1:]), "depthwise": depthwise}
+    return {path for name in which for path in found[name]}
 
 
 class Tracer(fx.Tracer):
@@ -115,7 +150,7 @@ class Placement:
         self.layers = [
             str(node.target)
             for node in self.nodes
-            if node.op == "call_module" and isinstance(self.modules[node.target], LAYERS) and not skip(node.target)
+            if node.op == "call_module" and quantizable(self.modules[node.target]) and not skip(node.target)
         ]
         self._integer = {node for node in self.nodes if node.op == "call_module" and node.target in set(self.layers)}
         self._parent: dict[fx.Node, fx.Node] = {}
@@ -150,19 +185,24 @@ class Placement:
         """Whether a tensor holds no negative values, by what made it."""
         if self._is(node, NONNEGATIVE):
             return True
-        if self.moves(node) or self._is(node, AVERAGES):
+        if self.moves(node) or self._is(node, AVERAGES) or self._resizes(node) in WEIGHTED:
             return self.nonnegative(node.all_input_nodes[0])
         return bool(self.concatenates(node) and all(self.nonnegative(part) for part in node.all_input_nodes))
 
     def moves(self, node: fx.Node) -> bool:
         """Whether a node only moves values."""
-        if self._is(node, (nn.Upsample, F.interpolate)):
-            mode = getattr(self.modules.get(str(node.target)), "mode", None) or node.kwargs.get("mode", "nearest")
-            return bool(mode == "nearest")
+        if mode := self._resizes(node):
+            return mode == "nearest"
         if node.target is operator.getitem:  # a part of a split, or a slice of a tensor; an entry of any other tuple is new
             source, index = node.args
             return isinstance(source, fx.Node) and (self._is(source, SPLITS) or not isinstance(index, int | str))
         return self._is(node, MOVES) and bool(node.all_input_nodes)
+
+    def _resizes(self, node: fx.Node) -> str:
+        """The mode of a node that resizes a map; empty for any other."""
+        if not self._is(node, (nn.Upsample, F.interpolate)):
+            return ""
+        return str(getattr(self.modules.get(str(node.target)), "mode", None) or node.kwargs.get("mode", "nearest"))
 
     def concatenates(self, node: fx.Node) -> bool:
         """Whether a node joins tensors."""
@@ -183,7 +223,7 @@ class Placement:
         """Nodes come in the order of execution, so what a node reads has been looked at."""
         if node in self._integer:
             self._want(node.all_input_nodes[0])
-            if isinstance(self.modules[str(node.target)], nn.Conv2d):
+            if isinstance(self.modules[str(node.target)], CONVOLUTIONS):
                 self._produce(node)
         elif self.adds(node) and any(self._behind_convolution(part) for part in node.all_input_nodes):
             self._additions.add(node)
@@ -207,7 +247,7 @@ class Placement:
         return (
             follower.op == "call_module"
             and type(self.modules[str(follower.target)]) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-            and isinstance(self.modules[str(node.target)], nn.Conv2d)
+            and isinstance(self.modules[str(node.target)], CONVOLUTIONS)
         )
 
     def _behind_convolution(self, node: fx.Node) -> bool:

@@ -13,9 +13,12 @@ from torch import Tensor, fx, nn
 
 from edgekd._config import Config
 from edgekd.errors import ArtifactError, TrainingError, nearest
-from edgekd.quantize.fake_quant import BITS, QuantConv2d, Quantizer, QuantLinear, quantized_layer
+from edgekd.quantize.fake_quant import BITS, Quantizer, QuantLayer, quantized_layer
 from edgekd.quantize.observers import Calibration, Observer, find_scale
-from edgekd.quantize.placement import LAYERS, Placement, trace
+from edgekd.quantize.placement import LAYERS, Placement, kept_in_float, trace
+
+Inputs = Tensor | tuple[Tensor, ...]
+"""What a model takes: one tensor, or several."""
 
 
 class QuantizerConfig(Config):
@@ -29,25 +32,28 @@ class QuantizerConfig(Config):
     """Of the magnitudes of an activation; what lies beyond is clipped. For calibration: percentile."""
     skip: list[str] = Field(default_factory=list)
     """Module paths of layers that stay in float; * matches anything, as in `head.*`."""
+    keep_float: list[Literal["first", "last", "depthwise"]] = Field(default_factory=list)
+    """Layers that stay in float by their place or kind: the first and the last one executed, depthwise convolutions."""
 
 
-def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig, example: Tensor) -> fx.GraphModule:
+def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig, example: Inputs) -> fx.GraphModule:
     """A copy of a float model with quantizers in it, not yet calibrated.
 
     Args:
         module: The float model; unchanged.
         taps: Role -> module path; the copy has an identity at ``taps.<role>`` for each.
         config: What is quantized, and how.
-        example: An input, [B, C, H, W].
+        example: An input, [B, C, H, W]; a tuple where the model takes several.
 
     Raises:
-        TrainingError: The model cannot be traced, has nothing to quantize, or gives other values when traced; or a pattern of
-            ``skip`` matches no layer.
+        TrainingError: The model cannot be traced, has nothing to quantize, or gives other values when traced; or ``skip``
+            or ``keep_float`` name what it does not have.
     """
     model = plain(copy.deepcopy(module).eval())
     _check_skip(model, config.skip)
     traced, places = trace(model, taps)
-    placement = Placement(traced, lambda path: any(fnmatchcase(path, pattern) for pattern in config.skip))
+    kept = kept_in_float(traced, config.keep_float)
+    placement = Placement(traced, lambda path: path in kept or any(fnmatchcase(path, pattern) for pattern in config.skip))
     if not placement.layers:
         raise TrainingError(
             f"{type(module).__name__} has no convolution or linear layer to quantize", hint="remove the quantize stage"
@@ -105,23 +111,31 @@ def _check_skip(model: nn.Module, patterns: list[str]) -> None:
             )
 
 
-def _check_trace(traced: nn.Module, model: nn.Module, example: Tensor) -> None:
+def _check_trace(traced: nn.Module, model: nn.Module, example: Inputs) -> None:
     """A trace freezes Python's decisions; where it gives other values, it is not the model."""
+    examples = (example,) if isinstance(example, Tensor) else example
     with torch.no_grad():
-        expected, received = model(example), traced(example)
-    if not isinstance(expected, Tensor) or not torch.allclose(expected, received, equal_nan=True):
+        expected, received = _tensors(model(*examples)), _tensors(traced(*examples))
+    same = len(expected) == len(received) > 0
+    if not same or not all(torch.allclose(one, other, equal_nan=True) for one, other in zip(expected, received, strict=True)):
         raise TrainingError(
             f"{type(model).__name__} cannot be quantized: its trace gives other values than the model itself",
-            hint="its forward must give one tensor and take the same path every time",
+            hint="its forward must give tensors and take the same path every time",
         )
 
 
-def calibrate(quantized: fx.GraphModule, batches: Iterable[Tensor]) -> None:
+def _tensors(value: Any) -> list[Tensor]:
+    """What a forward gave, as a list: nothing where it is neither a tensor nor a tuple of them."""
+    parts = list(value) if isinstance(value, tuple | list) else [value]
+    return parts if all(isinstance(part, Tensor) for part in parts) else []
+
+
+def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> None:
     """Set every quantizer's scale from the values that it sees in these images, which pass through the float model.
 
     Args:
         quantized: What :func:`prepare` gave; changed in place.
-        batches: Normalised images, float32 [B, C, H, W] each.
+        batches: Normalised images, float32 [B, C, H, W] each; tuples where the model takes several inputs.
 
     Raises:
         TrainingError: A tensor is not finite.
@@ -137,7 +151,7 @@ def calibrate(quantized: fx.GraphModule, batches: Iterable[Tensor]) -> None:
     try:
         with torch.no_grad():
             for images in batches:
-                quantized(images)
+                quantized(*((images,) if isinstance(images, Tensor) else images))
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
@@ -169,7 +183,7 @@ def plan(quantized: fx.GraphModule) -> dict[str, Any]:
     }
 
 
-def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any], example: Tensor) -> fx.GraphModule:
+def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any], example: Inputs) -> fx.GraphModule:
     """The quantized model of a plan, its weights and scales not yet loaded.
 
     Raises:
@@ -186,5 +200,5 @@ def layers(quantized: nn.Module) -> list[dict[str, Any]]:
     return [
         {"path": path, "weight_bits": BITS, "activation_bits": BITS}
         for path, part in quantized.named_modules()
-        if isinstance(part, QuantConv2d | QuantLinear)
+        if isinstance(part, QuantLayer)
     ]

@@ -112,7 +112,8 @@ def layers(quantized: nn.Module) -> list[dict[str, Any]]:
     for row in rows:
         if row["path"] in bits:
             weight = quantized.get_parameter(f"{row['path']}.weight").detach()
-            row["sparsity"] = round(float((quantized_weight(weight) == 0).float().mean()), 6)  # of the codes
+            axis = int(isinstance(quantized.get_submodule(row["path"]), nn.ConvTranspose2d))
+            row["sparsity"] = round(float((quantized_weight(weight, axis) == 0).float().mean()), 6)  # of the codes
             row.update({key: bits[row["path"]][key] for key in ("weight_bits", "activation_bits")})
     return rows
 

@@ -8,9 +8,9 @@ import pytest
 
 from edgekd.bench import compare as compare_module
 from edgekd.bench.compare import compare
-from edgekd.bench.measure import bench, input_pool, load_images, predict
+from edgekd.bench.measure import bench, input_pool, load_images, load_inputs, predict
 from edgekd.engines import build_engine, null, options_from, read_io
-from edgekd.errors import DataError
+from edgekd.errors import BuildError, DataError
 from edgekd.jobs import BenchJob, CompareJob
 
 IO = {
@@ -154,6 +154,65 @@ def test_other_inputs_are_refused(array, message, tmp_path):
         np.save(path, array)
     with pytest.raises(DataError, match=message):
         load_images(path)
+
+
+SEVERAL = {
+    "inputs": [
+        {"name": "left", "dtype": "float32", "shape": [-1, 3]},
+        {"name": "ids", "dtype": "int64", "shape": [-1, 2]},
+    ],
+    "outputs": [{"name": "scores", "dtype": "float32", "shape": [-1, 4]}],
+    "preprocessing": {},
+}
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    path = tmp_path / "inputs.npz"
+    np.savez(path, left=np.arange(15, dtype=np.float32).reshape(5, 3), ids=np.arange(10).reshape(5, 2))
+    return path
+
+
+def test_a_model_with_several_inputs_is_measured_on_arrays(tmp_path, arrays):
+    engine = make_engine(tmp_path, SEVERAL)
+    pool = input_pool(load_inputs(arrays), read_io(engine / "io.json"), batch=2)
+    assert [feeds["ids"].tolist() for feeds in pool] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    record = bench(BenchJob(str(engine), str(arrays), batch=2, warmup_s=0.0, duration_s=0.0))
+    assert len(record["samples_ns"]) == 50
+    assert predict(engine, arrays, tmp_path / "out.npz", batch=2)["outputs"] == {"scores": [5, 4]}
+    assert compare(CompareJob([str(engine)] * 2, str(arrays), warmup_s=0.0, duration_s=0.0))["engines"]
+
+
+def test_images_are_refused_where_a_model_takes_none(tmp_path, inputs):
+    engine = make_engine(tmp_path, SEVERAL)
+    with pytest.raises(DataError, match="has no preprocessing: it does not take images"):
+        bench(BenchJob(str(engine), str(inputs)))
+
+
+def test_arrays_that_are_not_the_models_are_refused(tmp_path, arrays):
+    np.savez(arrays, left=np.zeros((5, 3), np.float32), ids=np.zeros((5, 2), np.int32))
+    with pytest.raises(BuildError, match=r"ids: int64 \[-1, 2\].*received.*ids: int32 \[1, 2\]"):
+        bench(BenchJob(str(make_engine(tmp_path, SEVERAL)), str(arrays)))
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}, r"one length above 0; received a: \[2, 3\], b: \[3, 3\]"),
+        ({"a": np.zeros((0, 3))}, r"received a: \[0, 3\]"),
+        ({"a": np.float32(1)}, r"received a: \[\]"),
+        ({}, "received no array"),
+        (None, "cannot be read"),
+    ],
+)
+def test_arrays_that_are_no_inputs_are_refused(contents, message, tmp_path):
+    path = tmp_path / "x.npz"
+    if contents is None:
+        path.write_bytes(b"no archive")
+    else:
+        np.savez(path, **contents)
+    with pytest.raises(DataError, match=message):
+        load_inputs(path)
 
 
 def test_compare_record(engine, inputs, slow):

@@ -58,8 +58,8 @@ class Worker:
 def worker():
     made = Worker()
     yield made
-    made.process.kill()
-    made.process.communicate()
+    with made.process:  # closes the pipes and waits; a read to their end would wait for whatever a library left running too
+        made.process.kill()
 
 
 @pytest.fixture(params=BACKENDS)

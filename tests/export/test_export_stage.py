@@ -82,6 +82,16 @@ def test_a_batch_of_any_size(tmp_path, twin, digits):
         assert session.run(None, {"images": np.zeros((batch, 3, 32, 32), np.float32)})[0].shape == (batch, 10)
 
 
+@pytest.mark.parametrize("encoding", ["float32", "u8"])
+def test_a_batch_of_one_size(tmp_path, twin, digits, encoding):
+    checkpoint = stored(tmp_path, twin, digits, quantized=encoding == "u8")
+    config = ExportConfig(batch=3, parity_images=64, max_changed=0.1)  # 64 is no multiple of 3
+    metrics = stage.run(config, checkpoint, encoding, digits, Classification(), tmp_path)
+    assert metrics["parity"]["outputs"][0]["images"] == 64
+    io = read_io(tmp_path / "io.json")
+    assert [spec.shape for spec in (*io.inputs, *io.outputs)] == [(3, 3, 32, 32), (3, 10)]
+
+
 def test_the_gate_stops_a_run(tmp_path, twin, digits):
     checkpoint = stored(tmp_path, twin, digits, quantized=False)
     with pytest.raises(ParityError, match="disagrees with torch"):

@@ -347,3 +347,11 @@ def test_images_for_engines_are_written_again_where_they_are_damaged(tiny, run):
     tiny["deploy"][0]["batch"] = 2
     run(tiny)
     assert images.read_bytes() == whole
+
+
+def test_a_fixed_batch_goes_through_the_whole_run(run, tiny):
+    tiny["export"] = {"batch": 3, "max_changed": 0.2}
+    tiny["deploy"][0].update(batch=3, models=["student"])
+    outcome, _ = run(tiny, smoke=True)
+    engines = outcome.report["engines"]
+    assert [engine["status"] for engine in engines] == ["measured"] * 2, [engine["reason"] for engine in engines]

@@ -7,9 +7,8 @@ import torch
 
 from edgekd.quantize.fake_quant import (
     SMALLEST_SCALE,
-    QuantConv2d,
     Quantizer,
-    QuantLinear,
+    QuantLayer,
     fake_quantize,
     quantized_layer,
     quantized_weight,
@@ -122,6 +121,13 @@ def test_weights_lose_at_most_half_a_step_and_reach_the_largest_code():
     assert (codes.flatten(1).abs().amax(1).round() == 127).all()
 
 
+def test_a_transposed_convolution_has_a_scale_per_output_channel():
+    weight = torch.randn(3, 5, 2, 2) * torch.logspace(-3, 1, 5).view(1, 5, 1, 1)
+    scale = weight_scale(weight, 1)
+    torch.testing.assert_close(scale, weight.abs().amax((0, 2, 3)) / 127)
+    assert ((quantized_weight(weight, 1) - weight).abs() <= scale.view(1, 5, 1, 1) / 2 * (1 + 1e-5)).all()
+
+
 def test_a_channel_of_zeros_stays_zero():
     weight = torch.randn(2, 3)
     weight[0] = 0
@@ -140,18 +146,20 @@ def test_the_gradient_passes_the_weights_unchanged():
     [
         torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=1, groups=2),
         torch.nn.Conv2d(4, 6, 1, bias=False, padding_mode="reflect", padding=0),
+        torch.nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
         torch.nn.Linear(4, 6),
     ],
 )
 def test_a_quantized_layer_takes_over_the_parameters(layer):
     twin = quantized_layer(layer)
-    assert isinstance(twin, QuantConv2d | QuantLinear)
+    assert isinstance(twin, QuantLayer)
     assert twin.weight is layer.weight
     assert twin.bias is layer.bias
     assert list(twin.state_dict()) == list(layer.state_dict())
-    images = torch.randn(2, 4, 8, 8) if isinstance(layer, torch.nn.Conv2d) else torch.randn(2, 4)
+    images = torch.randn(2, 4) if isinstance(layer, torch.nn.Linear) else torch.randn(2, 4, 8, 8)
+    axis = int(isinstance(layer, torch.nn.ConvTranspose2d))
     with torch.no_grad():
-        expected = torch.func.functional_call(layer, {"weight": quantized_weight(layer.weight)}, (images,))
+        expected = torch.func.functional_call(layer, {"weight": quantized_weight(layer.weight, axis)}, (images,))
     torch.testing.assert_close(twin(images), expected)
 
 

@@ -10,8 +10,8 @@ from edgekd.quantize.qat import QuantizerConfig, calibrate, named_quantizers, pr
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 
 
-def conv(inputs=8, outputs=8):
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+def conv(inputs=8, outputs=8, groups=1):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups)
 
 
 class Model(nn.Module):
@@ -243,6 +243,57 @@ def test_skipped_layers_stay_in_float():
     assert type(quantized.first) is nn.Conv2d
     assert type(quantized.last) is not nn.Conv2d
     assert set(named_quantizers(quantized)) == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("keep", "floats"),
+    [
+        ([], set()),
+        (["first"], {"first"}),
+        (["last"], {"fc"}),
+        (["depthwise"], {"deep"}),
+        (["first", "last", "depthwise"], {"first", "deep", "fc"}),
+    ],
+)
+def test_layers_stay_in_float_by_their_place_or_kind(keep, floats):
+    """The order is that of execution, and not that in which the model names its layers."""
+
+    def forward(self, x):
+        return self.fc(self.grouped(self.deep(self.first(x))).mean((2, 3)))
+
+    model = Model(forward, fc=nn.Linear(8, 4), grouped=conv(groups=2), deep=conv(groups=8), first=conv(3))
+    quantized, _ = calls(model, keep_float=keep)
+    kinds = (nn.Conv2d, nn.Linear)
+    assert {path for path, part in quantized.named_modules() if type(part) in kinds} == floats
+
+
+def test_there_must_be_a_depthwise_convolution_to_keep():
+    with pytest.raises(TrainingError, match="no depthwise convolution"):
+        calls(Model(lambda self, x: self.only(x), only=conv(3)), keep_float=["depthwise"])
+
+
+def test_transposed_convolutions_are_layers_unless_they_have_groups():
+    def forward(self, x):
+        return self.head(self.two(self.relu(self.one(x))))
+
+    parts = {"one": nn.ConvTranspose2d(3, 8, 2, stride=2), "two": nn.ConvTranspose2d(8, 8, 2, stride=2, groups=2)}
+    quantized, _ = calls(Model(forward, relu=nn.ReLU(), head=conv(), **parts))
+    assert type(quantized.one) is not nn.ConvTranspose2d
+    assert type(quantized.two) is nn.ConvTranspose2d
+    assert set(named_quantizers(quantized)) == {"x", "relu", "two"}
+
+
+def test_a_bilinear_upsampling_of_what_is_not_negative_is_not():
+    """Else the concatenation would be signed, and ONNX Runtime keep the convolution before the ReLU in float."""
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        return self.head(torch.cat([x, self.up(self.down(x))], 1))
+
+    up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+    model = Model(forward, stem=conv(3), relu=nn.ReLU(), down=nn.MaxPool2d(2), up=up, head=nn.Conv2d(16, 4, 1))
+    quantized, _ = calls(model)
+    assert {name: part.signed for name, part in named_quantizers(quantized).items()} == {"x": True, "relu": False}
 
 
 def test_taps_are_in_the_path():

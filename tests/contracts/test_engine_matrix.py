@@ -1,0 +1,206 @@
+"""Every family of models through every backend in every precision that it has: export, build, audit, run, compare.
+
+A new backend or precision is covered the moment it is in the tables; a new family is one line in ``families.FAMILIES``.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from families import FAMILIES
+from segments import cut, differences, trained_tensors
+
+from edgekd.data.batches import normalise
+from edgekd.data.digits import DigitsConfig, load
+from edgekd.engines import BACKENDS, OPTIONS, WrongMachineError, audit, build_engine, open_engine
+from edgekd.export import onnx as exporting
+from edgekd.export.qdq import ENCODINGS, encode
+from edgekd.export.stage import preprocessing
+from edgekd.quantize import qat
+
+IMAGES = 8
+OPSET = 20
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 0.1}
+"""Largest difference from ONNX Runtime running the same file unoptimized, as a share of the largest value. On integers a value on
+the edge between two codes may round either way, and every layer behind it adds to the difference."""
+DIFFERING = 1e-3
+"""Largest share of quantized values that may differ from the trained ones by a step, on equal inputs; none may by more."""
+RUN_ELSEWHERE = {"tensorrt_rtx"}
+"""Builds here and runs on a GPU: its tests ask for that very answer."""
+
+COMPUTING = [name for name in OPTIONS if name not in (*RUN_ELSEWHERE, "null")]
+CELLS = [
+    pytest.param(name, precision, id=f"{name}-{precision}")
+    for name, options in OPTIONS.items()
+    for precision in options.precisions
+]
+
+
+@dataclass(frozen=True)
+class Made:
+    module: Any
+    quantized: Any
+    inputs: tuple
+    """Real images where the family takes any, [IMAGES, ...] each."""
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load(DigitsConfig(size_px=32, channels=3))
+
+
+@pytest.fixture(scope="session")
+def made(digits):
+    """Call with a family: the float model with batch norms that have seen data, its quantized copy, and inputs."""
+    images = normalise(torch.from_numpy(np.array(digits.val.images[:IMAGES])), digits.mean, digits.std).contiguous()
+    cache = {}
+
+    def make(name):
+        if name not in cache:
+            torch.manual_seed(0)
+            family = FAMILIES[name]
+            module = family.make()
+            inputs = tuple(
+                images[:, :, :: 32 // shape[1], :: 32 // shape[2]].contiguous()
+                if len(shape) == 3
+                else torch.randn(IMAGES, *shape)
+                for shape in family.inputs.values()
+            )
+            with torch.no_grad():
+                for _ in range(10):
+                    module.train()(*inputs)
+            quantized = qat.prepare(module.eval(), {}, qat.QuantizerConfig(), inputs)
+            qat.calibrate(quantized, [inputs])
+            cache[name] = Made(module, quantized.eval(), inputs)
+        return cache[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(made, digits, tmp_path_factory):
+    """Call with a family and a form (float32, float16 or an encoding): the folder of model.onnx, io.json and layers.json."""
+    cache = {}
+
+    def make(name, form):
+        if (name, form) not in cache:
+            family, one = FAMILIES[name], made(name)
+            if form == "float16":
+                proto = exporting.to_float16(onnx.load(make(name, "float32") / "model.onnx"))
+            else:
+                proto = exporting.export(
+                    one.module if form == "float32" else encode(one.quantized, form),
+                    one.inputs,
+                    input_names=list(family.inputs),
+                    output_names=list(family.outputs),
+                    opset=OPSET,
+                    batch=family.batch,
+                )
+            folder = tmp_path_factory.mktemp(f"{name}-{form}")
+            onnx.save(proto, folder / "model.onnx")
+            precision = form if form.startswith("float") else "int8"
+            (folder / "io.json").write_text(json.dumps(exporting.describe(proto, preprocessing(digits), precision)))
+            (folder / "layers.json").write_text(json.dumps(exporting.layers(proto)))
+            cache[name, form] = folder
+        return cache[name, form]
+
+    return make
+
+
+def reference(path, feeds):
+    """ONNX Runtime on the file as it is written, without a single rewrite."""
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def test_the_tables_name_the_same_backends():
+    assert list(BACKENDS) == list(OPTIONS)
+    assert set(BACKENDS) >= RUN_ELSEWHERE
+
+
+@pytest.mark.parametrize(("backend", "precision"), CELLS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_runs_everywhere(name, backend, precision, exported, made, tmp_path):
+    if not BACKENDS[backend].available().ok:
+        pytest.skip(BACKENDS[backend].available().reason)
+    family, options = FAMILIES[name], OPTIONS[backend]()
+    source = exported(name, options.encoding if precision == "int8" else precision)
+    record = build_engine(source / "model.onnx", options, precision, tmp_path)
+    found = record["audit"]
+    assert audit.refusal(found) is None
+    if found["layers"]:
+        missed = [row["path"] for row in found["layers"] if row["got"] != row["asked"]]
+        assert missed == (list(family.float_on_onnxruntime) if (backend, precision) == ("onnxruntime", "int8") else [])
+    if backend in RUN_ELSEWHERE:
+        assert found == {"layers": [], "reason": "built, not inspected: TensorRT-RTX reads an engine only on its GPU"}
+        with pytest.raises(WrongMachineError, match="built, not run"):
+            open_engine(tmp_path)
+        return
+    with open_engine(tmp_path) as session:
+        assert [spec.name for spec in session.inputs] == list(family.inputs)
+        assert [spec.name for spec in session.outputs] == list(family.outputs)
+        for batch in (1, 3) if family.batch is None else (family.batch,):
+            feeds = {key: value[:batch].numpy() for key, value in zip(family.inputs, made(name).inputs, strict=True)}
+            expected, received = reference(source / "model.onnx", feeds), session.infer(feeds)
+            assert {key: value.shape for key, value in received.items()} == {key: value.shape for key, value in expected.items()}
+            for output, value in expected.items():
+                if backend == "null":
+                    assert not received[output].any()
+                    continue
+                error = np.abs(received[output] - value).max() / np.abs(value).max()
+                assert error <= TOLERANCE[precision], f"{output}: {error}"
+
+
+def segments_of(name, encoding, made, exported):
+    """The cut file, its feeds, and what is needed to compare."""
+    one = made(name)
+    batch = FAMILIES[name].batch or 4
+    inputs = tuple(value[:batch] for value in one.inputs)
+    tensors = trained_tensors(one.quantized, inputs)
+    model, feeds, grids = cut(onnx.load(exported(name, encoding) / "model.onnx"), tensors)
+    feeds.update({key: value.numpy() for key, value in zip(FAMILIES[name].inputs, inputs, strict=True)})
+    return model, feeds, tensors, grids
+
+
+def check_segments(tensors, grids, outputs, record_property):
+    steps = differences(tensors, grids, outputs)
+    largest = [round(float(step.max()), 3) for step in steps]
+    assert max(largest) <= 1, f"steps per tensor: {largest}"
+    # u8 halves the step where nothing is negative: there, half a trained step is a finer value and not another one
+    differing = float(np.mean(np.concatenate([step.ravel() for step in steps]) > 0.51))
+    record_property("differing", differing)
+    assert differing <= DIFFERING
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_of_the_file_is_the_trained_one(name, encoding, made, exported, tmp_path, record_property):
+    model, feeds, tensors, grids = segments_of(name, encoding, made, exported)
+    onnx.save(model, tmp_path / "model.onnx")
+    check_segments(tensors, grids, reference(tmp_path / "model.onnx", feeds), record_property)
+
+
+@pytest.mark.parametrize(
+    "backend", [name for name, options in OPTIONS.items() if "int8" in options.precisions and name in COMPUTING]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_of_the_engine_is_the_trained_one(name, backend, made, exported, digits, tmp_path, record_property):
+    if not BACKENDS[backend].available().ok:
+        pytest.skip(BACKENDS[backend].available().reason)
+    model, feeds, tensors, grids = segments_of(name, OPTIONS[backend].encoding, made, exported)
+    onnx.save(model, tmp_path / "model.onnx")
+    (tmp_path / "io.json").write_text(json.dumps(exporting.describe(model, preprocessing(digits), "int8")))
+    out = tmp_path / "engine"
+    out.mkdir()
+    build_engine(tmp_path / "model.onnx", OPTIONS[backend](), "int8", out)
+    with open_engine(out) as session:
+        given = {spec.name: feeds[spec.name] for spec in session.inputs}
+        check_segments(tensors, grids, session.infer(given), record_property)
