@@ -22,7 +22,7 @@ from edgekd import __version__, engine_parity
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
 from edgekd.data.base import Dataset
 from edgekd.display import Display
-from edgekd.engines import audit, options_dict
+from edgekd.engines import audit, opsets, options_dict
 from edgekd.engines import backend as find_backend
 from edgekd.errors import BuildError, EdgekdError
 from edgekd.export import lint, parity
@@ -63,6 +63,11 @@ class Deployment:
         self.exported: dict[tuple[str, str], Artifact | EdgekdError] = {}
         self.references: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
         """What each ONNX file gives for the images on which engines are compared with it."""
+        readers: dict[str, str] = {
+            entry.backend.name: find_backend(entry.backend.name).available().version for entry in recipe.deploy
+        }
+        self.opset = recipe.export.opset or opsets.choose(readers)
+        record["warnings"] += opsets.beyond(self.opset, readers)
         self.slower: list[str] = []
         """What was compressed and did not get faster: the run has failed, and says so."""
 
@@ -173,7 +178,8 @@ class Deployment:
 
     def _export(self, checkpoint: Checkpoint, encoding: str) -> Artifact:
         versions = {library: version(library) for library in (*EXPORT_LIBRARIES, "onnxruntime")}
-        config = {"encoding": encoding, **self.recipe.export.model_dump(mode="json")}
+        settings = self.recipe.export.model_copy(update={"opset": self.opset})
+        config = {"encoding": encoding, **settings.model_dump(mode="json")}
         inputs = {
             "kind": "onnx",
             "checkpoint": checkpoint.id,
@@ -184,7 +190,7 @@ class Deployment:
 
         def fill(folder: Path) -> dict[str, Any]:
             self.display.say(f"exporting {checkpoint.stage} ({checkpoint.role}) as ONNX, {encoding}")
-            metrics = export_stage.run(self.recipe.export, checkpoint, encoding, self.dataset, self.task, folder)
+            metrics = export_stage.run(settings, checkpoint, encoding, self.dataset, self.task, folder)
             for entry in metrics["parity"].get("kept_float32", []):
                 self.display.say(f"{entry['path']} ({entry['op']}) stays in float32: {entry['tensor']} {entry['reason']}")
             return metrics

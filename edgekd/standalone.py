@@ -172,7 +172,7 @@ def _prepare(model: Path, source: Path) -> set[str]:
 
 
 def _describe(model: Path, preprocessing: dict[str, Any] | None) -> dict[str, Any]:
-    """The io.json of a foreign ONNX file; preprocessing that is not known is that of plain images, if it takes one batch of them."""
+    """The io.json of a foreign ONNX file; unknown preprocessing is that of plain images, where it takes one batch of them."""
     proto = model_check.load(model).graph
     inputs, outputs = ([asdict(spec) for spec in find(proto, model)] for find in (graph.inputs, graph.outputs))
     free = [f"{each['name']} {list(each['shape'])}" for each in inputs if -1 in each["shape"][1:]]

@@ -187,8 +187,103 @@ def quickstart() -> str:
     return "```text\n" + "\n".join(line.rstrip() for line in lines({"ladders": [], **report})) + "\n```\n"
 
 
+def opsets() -> str:
+    """Which ONNX opset each engine version reads."""
+    from edgekd.engines.opsets import READS
+
+    return table(
+        ("engine", "version", "newest ONNX opset"),
+        [
+            (library, f"{major}.{minor} and later", str(opset))
+            for library, rows in READS.items()
+            for (major, minor), opset in rows
+        ],
+    )
+
+
+def matrix() -> str:
+    """benchmarks/results/deployment_matrix.json as two tables: what runs here, and what is built for GPUs elsewhere."""
+    runs = json.loads((RESULTS / "deployment_matrix.json").read_text())["runs"]
+    families = list(dict.fromkeys(run["family"] for run in runs))
+    rows, losses, built = [], [], []
+    for family in families:
+        mine = [run for run in runs if run["family"] == family]
+        for backend in ("onnxruntime", "openvino"):
+            for threads in (1, 2):
+                cells = [cell for run in mine if (cell := pair(run, backend, threads)) is not None]
+                if not cells:
+                    continue
+                drops = [100 * (cell["float32"] - cell["int8"]) for cell in cells]
+                losses += drops if threads == 1 and backend == "onnxruntime" else []
+                ratios = sorted(cell["speedup"] for cell in cells)
+                marks = "" if all(cell["valid"] for cell in cells) else " (machine not quiet)"
+                rows.append(
+                    (
+                        family,
+                        backend,
+                        str(threads),
+                        str(len(cells)),
+                        f"{100 * sum(cell['float32'] for cell in cells) / len(cells):.1f} %",
+                        f"{sum(drops) / len(drops):+.2f} [{min(drops):+.1f}, {max(drops):+.1f}]",
+                        f"{100 * min(cell['share'] for cell in cells):.0f} %",
+                        f"{ratios[len(ratios) // 2]:.2f}× [{ratios[0]:.2f}, {ratios[-1]:.2f}]{marks}",
+                    )
+                )
+        for precision in ("float32", "float16", "int8"):
+            cells = [
+                cell
+                for run in mine
+                for cell in run["engines"]
+                if cell["backend"] == "tensorrt_rtx" and cell["precision"] == precision
+            ]
+            done = [cell for cell in cells if cell["status"] in ("built", "measured")]
+            names = list(dict.fromkeys(cell["compute_capabilities"][0] for cell in done))
+            reasons = list(dict.fromkeys(cell["reason"] for cell in cells if cell not in done))
+            if cells:
+                built.append((family, precision, f"{len(done)} of {len(cells)}: {', '.join(names)}", "; ".join(reasons) or "–"))
+    average = sum(losses) / len(losses)
+    head = (
+        "family",
+        "backend",
+        "threads",
+        "seeds",
+        "float32 accuracy",
+        "points lost in int8",
+        "MACs in int8",
+        "int8 over float32",
+    )
+    return (
+        table(head, rows)
+        + f"\nMean loss over {len(losses)} networks (onnxruntime): {average:+.2f} points.\n\n"
+        + table(("family", "precision", "TensorRT-RTX engines built, not run", "refused"), built)
+    )
+
+
+def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | None:
+    """One int8 engine of a run and its float32 twin."""
+    found = {
+        cell["precision"]: (index, cell)
+        for index, cell in enumerate(run["engines"])
+        if cell["backend"] == backend and cell["threads"] == threads and cell["status"] == "measured"
+    }
+    if set(found) != {"float32", "int8"}:
+        return None
+    number, engine = found["int8"]
+    ratio, valid = next(
+        (ratio, group["valid"]) for group in run["summaries"] for ratio in group["ratios"] if ratio["engine"] == number
+    )
+    return {
+        "float32": found["float32"][1]["metric"]["value"],
+        "int8": engine["metric"]["value"],
+        "share": engine["audit"]["got_int8"],
+        "speedup": ratio["speedup"],
+        "valid": valid,
+    }
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart},
+    "docs/deployment.md": {"opsets": opsets, "matrix": matrix},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {"cifar10": cifar10, "int8 width": width, "startup": startup},
 }

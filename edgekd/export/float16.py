@@ -25,7 +25,7 @@ MAX_ROUNDING = 0.01
 """Norm of what rounding to float16 changes in a tensor, as a share of its norm: 0.0002 in range, more where values get lost."""
 BATCH = 8
 """Images in one run: all activations are in memory at once."""
-KEPT_OPS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "Softmax", "ReduceMean")
+KEPT_OPS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "Softmax", "ReduceMean", "GlobalAveragePool")
 """Stay in float32 whatever they see: their sums leave float16's range where their inputs and results do not."""
 
 Array = npt.NDArray[Any]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.engines import graph
-from edgekd.engines.onnx_layers import PATH
+from edgekd.engines.onnx_layers import PATH, sizes
 from edgekd.errors import ExportError
 from edgekd.export.bisect import mark, scopes
 from edgekd.export.qdq import translations
@@ -74,6 +74,7 @@ def export(
         modules = _module_of_each_tensor(program.model_proto)
         model = onnxslim.slim(program.model_proto)  # it drops the nodes' metadata, and keeps the tensors' names
         mark(program.model_proto, model)
+        _name_global_pools(model)
         for node in model.graph.node:
             path = next((modules[name] for name in node.output if modules.get(name)), "")
             node.metadata_props.add(key=PATH, value=path)
@@ -84,6 +85,33 @@ def export(
             hint="torch.export must be able to follow the model's forward",
         ) from error
     return model
+
+
+def _name_global_pools(model: Any) -> None:
+    """Call a mean over a map what it is: torch's exporter writes ReduceMean, which ONNX Runtime does not run on integers."""
+    import onnx
+
+    constants = {weight.name: weight for weight in model.graph.initializer}
+    constants |= {
+        node.output[0]: node.attribute[0].t
+        for node in model.graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    shapes = sizes(model)
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in constants:
+            continue
+        kept = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        axes = {int(axis) % 4 for axis in onnx.numpy_helper.to_array(constants[node.input[1]]).ravel()}
+        if kept and axes == {2, 3} and len(shapes.get(node.input[0], [])) == 4:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:]
+            node.ClearField("attribute")
+    unused = {name for name in constants if not any(name in node.input for node in model.graph.node)}
+    for weight in [weight for weight in model.graph.initializer if weight.name in unused]:
+        model.graph.initializer.remove(weight)
+    for node in [node for node in model.graph.node if node.op_type == "Constant" and node.output[0] in unused]:
+        model.graph.node.remove(node)
 
 
 def _module_of_each_tensor(model: Any) -> dict[str, str]:

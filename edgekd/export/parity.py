@@ -225,7 +225,7 @@ def _session(model: Path | bytes) -> Any:
 
 
 def _run(session: Any, feeds: dict[str, Array], batch: int | None = None) -> dict[str, Array]:
-    """All outputs; in parts of ``batch``, or of the one batch size that a file takes, the last filled up and its surplus cut off."""
+    """All outputs; in parts of ``batch``, or of the one size that a file takes: the last is filled up, its surplus cut off."""
     names = [output.name for output in session.get_outputs()]
     first, count = session.get_inputs()[0].shape[0], len(next(iter(feeds.values())))
     step = first if isinstance(first, int) else batch or count

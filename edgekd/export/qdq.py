@@ -137,13 +137,21 @@ def encode(quantized: nn.Module, encoding: str) -> nn.Module:
             if calls[node.target] > 1:  # each call has a batch norm of its own to take
                 node.target = f"{node.target}_{node.name}"
             model.set_submodule(str(node.target), _encoded(layer, norm))
-    if encoding == "u8":
-        for part in model.modules():
-            if isinstance(part, Quantizer):
+    for part in model.modules():
+        if isinstance(part, Quantizer):
+            _store_scale(part)
+            if encoding == "u8":
                 _unsigned(part)
     model.recompile()
     model.delete_all_unused_submodules()
     return model
+
+
+@torch.no_grad()
+def _store_scale(quantizer: Quantizer) -> None:
+    """Its limit goes into its scale: the graph has no use for either's arithmetic."""
+    quantizer.log_scale.copy_(quantizer.scale().log())
+    quantizer.limit = None
 
 
 @torch.no_grad()

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor, nn
 
 from edgekd._config import Config
 from edgekd.artifacts import Checkpoint, write_json
 from edgekd.data.base import Dataset
 from edgekd.data.batches import normalise
-from edgekd.engines import onnx_layers
-from edgekd.export import float16, lint, onnx, parity
+from edgekd.engines import onnx_layers, opsets
+from edgekd.errors import ParityError
+from edgekd.export import float16, lint, onnx, parity, segments
 from edgekd.export.qdq import ENCODINGS, encode
 from edgekd.quantize import stage as quantize_stage
 from edgekd.tasks.base import Task
@@ -30,8 +32,8 @@ RANGE_IMAGES = 64
 class ExportConfig(Config):
     """How checkpoints become ONNX, and how closely the file must agree with torch, and engines with the file."""
 
-    opset: int = Field(20, ge=18, le=22)
-    """ONNX opset of the files."""
+    opset: int | None = Field(None, ge=18, le=22)
+    """ONNX opset of the files; null: 20, or the newest that every engine of the recipe reads (docs/deployment.md)."""
     batch: int | None = Field(None, ge=1, le=4096)
     """The one batch size that the files take, and deploy.batch must be; null leaves it free."""
     parity_images: int = Field(256, ge=1, le=100_000)
@@ -66,7 +68,8 @@ def run(
     integers = encoding in ENCODINGS
     module = encode(loaded.module, encoding) if integers else loaded.module.eval()
     example = loaded.architecture.example()
-    model = onnx.export(module, example, output_names=task.output_names, opset=config.opset, batch=config.batch)
+    opset = config.opset or opsets.PREFERRED
+    model = onnx.export(module, example, output_names=task.output_names, opset=opset, batch=config.batch)
     kept: list[float16.Kept] = []
     if encoding == "float16":
         calibration = np.array(dataset.calib.images[:RANGE_IMAGES])
@@ -86,7 +89,10 @@ def run(
     expected = parity.torch_outputs(loaded.module, images, task.output_names)
     received = parity.file_outputs(path, images.numpy())
     found = parity.compare(expected, received, task)
-    result = {"split": "val"} | parity.check(
+    result: dict[str, Any] = {"split": "val"}
+    if integers:
+        result["tensors"] = _tensors(loaded.module, model, images[: config.batch or parity.LOCAL_IMAGES])
+    result |= parity.check(
         found,
         parity.metrics(expected, received, dataset.val.labels[:count], task),
         limits(config, encoding),
@@ -96,6 +102,21 @@ def run(
         result["kept_float32"] = [asdict(entry) for entry in kept]
     write_json(folder / "parity.json", result)
     return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
+
+
+def _tensors(quantized: nn.Module, model: Any, images: Tensor) -> dict[str, Any]:
+    """Every quantized tensor of the file against the trained model's, on equal inputs.
+
+    Raises:
+        ParityError: A value is more than one step away.
+    """
+    trained = segments.trained_tensors(quantized, [images])
+    try:
+        parts = segments.cut(model, trained)
+    except ParityError as error:  # the comparison from end to end goes on
+        return {"reason": f"not compared tensor by tensor: {error.message}"}
+    outputs = parity.run_once(parts.model, {onnx.INPUT: images.numpy()} | parts.feeds)
+    return segments.summary(segments.differences(trained, parts.grids, outputs), parts.modules)
 
 
 def limits(config: ExportConfig, kind: str) -> parity.Limits:

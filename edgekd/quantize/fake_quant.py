@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 BITS = 8
+_WITHIN = 1 - 1e-6
+"""Keeps float32's rounding from carrying a step beyond its limit."""
 SMALLEST_SCALE = 2.0**-24
 """A channel whose weights are all zero still needs a scale above zero."""
 
@@ -74,11 +76,14 @@ class Quantizer(nn.Module):
     Args:
         signed: Whether values may be negative.
         learned: Whether training moves the scale.
+        limit: Largest value that its tensors can have (6 behind a ReLU6). The codes then end before it, in an unsigned encoding
+            too, which halves the step: the quantizer clips what the activation would, and engines leave the activation out.
+            ONNX Runtime runs the layer in float where they reach beyond.
     """
 
-    def __init__(self, signed: bool, learned: bool) -> None:
+    def __init__(self, signed: bool, learned: bool, limit: float | None = None) -> None:
         super().__init__()
-        self.signed = signed
+        self.signed, self.limit = signed, limit
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned)
         self.low, self.high, self.zero_point = (-128 if signed else 0), 127, 0
         self.observer: Any = None
@@ -86,7 +91,8 @@ class Quantizer(nn.Module):
 
     def scale(self) -> Tensor:
         """The step between two codes, float32 []."""
-        return self.log_scale.exp()
+        step = self.log_scale.exp()
+        return step if self.limit is None else step.clamp_max(self.limit / (self.high + 0.5) * _WITHIN)
 
     def forward(self, values: Tensor) -> Tensor:
         """Fake-quantized values, same shape and dtype."""

@@ -181,6 +181,17 @@ class Placement:
         """Whether any value of a quantizer's tensors may be negative."""
         return any(not self.nonnegative(node) for node in self._sources if self._group(node) is group)
 
+    def limit(self, group: fx.Node) -> float | None:
+        """The largest value that any of a quantizer's tensors can have; None where what made them does not say."""
+        return 6.0 if all(self._within_six(node) for node in self._sources if self._group(node) is group) else None
+
+    def _within_six(self, node: fx.Node) -> bool:
+        if self._is(node, (nn.ReLU6, F.relu6)):
+            return True
+        if self.moves(node) or self._is(node, AVERAGES) or self._resizes(node) in WEIGHTED:
+            return self._within_six(node.all_input_nodes[0])
+        return bool(self.concatenates(node) and all(self._within_six(part) for part in node.all_input_nodes))
+
     def nonnegative(self, node: fx.Node) -> bool:
         """Whether a tensor holds no negative values, by what made it."""
         if self._is(node, NONNEGATIVE):

@@ -64,7 +64,10 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
     for node, group in groups.items():
         names.setdefault(group, node.name)  # a quantizer is named after the first tensor that it serves
     traced.quantizers = nn.ModuleDict(
-        {name: Quantizer(placement.signed(group), learned=config.ranges == "learned") for group, name in names.items()}
+        {
+            name: Quantizer(placement.signed(group), learned=config.ranges == "learned", limit=placement.limit(group))
+            for group, name in names.items()
+        }
     )
     for node, group in groups.items():
         _insert(traced, node, f"quantizers.{names[group]}")

@@ -60,6 +60,10 @@ def test_files_and_io(tmp_path, twin, digits, encoding):
     assert model_check.check(out / "model.onnx", io) == "ok"
     assert metrics["size_bytes"] == (out / "model.onnx").stat().st_size
     assert metrics["parity"] == json.loads((out / "parity.json").read_text())
+    assert ("tensors" in metrics["parity"]) == (precision == "int8")
+    if precision == "int8":
+        assert metrics["parity"]["tensors"]["count"] > 10
+        assert metrics["parity"]["tensors"]["max_steps"] <= 1
 
 
 def test_the_targets_preprocessing_is_the_trainings(tmp_path, twin, digits):

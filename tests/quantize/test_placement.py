@@ -316,3 +316,29 @@ def test_a_forward_that_looks_at_values_is_refused():
 def test_a_tap_that_is_never_called_is_refused():
     with pytest.raises(TrainingError, match="tap 'idle'"):
         calls(Model(lambda self, x: self.a(x), a=conv(3), b=conv(3)), taps={"idle": "b"})
+
+
+def test_codes_behind_a_relu6_end_before_six():
+    """Also where the u8 encoding halves the step: 255 * step / 2 may not reach 6."""
+    model = nn.Sequential(
+        conv(3), nn.ReLU6(), conv(), nn.ReLU(), conv(), nn.ReLU6(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), conv()
+    )
+    quantized = prepare(model.eval(), {}, QuantizerConfig(calibration="minmax"), EXAMPLE)
+    calibrate(quantized, [torch.randn(4, 3, 8, 8) * 1e3])
+    limits = {name: part.limit for name, part in named_quantizers(quantized).items()}
+    assert list(limits.values()).count(6.0) == 3  # two ReLU6, of which one is moved, and the average of one
+    for part in named_quantizers(quantized).values():
+        if part.limit is not None:
+            with torch.no_grad():
+                part.log_scale.fill_(10.0)  # as far as a training might carry it
+            assert 5.999 < part.scale().item() * 127.5 < 6
+
+
+def test_a_concatenation_with_more_than_a_relu6_has_no_end():
+    def forward(self, x):
+        one = self.relu6(self.conv1(x))
+        return self.conv3(torch.cat([one, self.relu(self.conv2(x))], 1))
+
+    layers = {"conv1": conv(3), "conv2": conv(3), "conv3": conv(16), "relu6": nn.ReLU6(), "relu": nn.ReLU()}
+    quantized, _ = calls(Model(forward, **layers))
+    assert [part.limit for part in named_quantizers(quantized).values()] == [None] * len(named_quantizers(quantized))
