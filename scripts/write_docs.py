@@ -259,6 +259,11 @@ def matrix() -> str:
     )
 
 
+def share(layers: list[dict[str, Any]]) -> float:
+    """Of the multiply-accumulates, those that run in int8."""
+    return sum(row["macs"] for row in layers if row["got"] == "int8") / sum(row["macs"] for row in layers)
+
+
 def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | None:
     """One int8 engine of a run and its float32 twin."""
     found = {
@@ -275,7 +280,7 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
     return {
         "float32": found["float32"][1]["metric"]["value"],
         "int8": engine["metric"]["value"],
-        "share": engine["audit"]["got_int8"],
+        "share": share(engine["audit"]["layers"]),
         "speedup": ratio["speedup"],
         "valid": valid,
     }

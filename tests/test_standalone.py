@@ -95,7 +95,7 @@ def test_an_engine_of_another_machine_is_skipped_and_the_others_are_measured(mod
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.onnx").write_bytes(model.read_bytes())
-    (source / "io.json").write_text(json.dumps(standalone._describe(model)))
+    (source / "io.json").write_text(json.dumps(standalone._describe(model, None)))
     engine = tmp_path / "engine"
     engine.mkdir()
     build_engine(source / "model.onnx", options_from({"name": "tensorrt_rtx"}), "float32", engine)
