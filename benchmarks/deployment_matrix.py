@@ -4,7 +4,7 @@ Each family is trained in float, then quantized with training (QAT), with severa
 on the test split, and measured against its float twin in turns, at one thread and at two. Each run is an ordinary
 ``edgekd compress``, so that the numbers are those that a user would get; it is resumed where it was interrupted.
 
-    EDGEKD_DATA=... python benchmarks/deployment_matrix.py [--family resnet18 ...] [--seeds 3] [--epochs 30] [--qat-epochs 6]
+    EDGEKD_DATA=... python benchmarks/deployment_matrix.py [--family resnet18 ...] [--seeds 3] [--epochs 150] [--qat-epochs 20]
 
 Needs Imagenette (cls_imagenette128 under $EDGEKD_DATA). Writes results/deployment_matrix.json: of every run the training budget,
 every engine (built or why not, audit, metric) and every comparison with its raw samples in nanoseconds.
@@ -37,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30, help="of the float training")
-    parser.add_argument("--qat-epochs", type=int, default=6, help="of the training with quantizers")
+    parser.add_argument("--epochs", type=int, default=150, help="of the float training")
+    parser.add_argument("--qat-epochs", type=int, default=20, help="of the training with quantizers")
     parser.add_argument("--threads", type=int, default=2, help="of the trainings")
     given = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(family: str, seed: int, given: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "edgekd", "compress", str(file.relative_to(ROOT)), "--out", f"runs/matrix/{name}"]
     done = subprocess.run(command, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": folders})
     report = RUNS / name / "report" / "report.json"
-    if done.returncode and not report.is_file():
+    if done.returncode not in (0, 1, 3) or not report.is_file():  # 1: some engine failed or is slower, which the report says
         raise SystemExit(f"{name} failed with exit code {done.returncode}")
 
 
@@ -90,7 +90,10 @@ def recipe(name: str, model: dict[str, Any], seed: int, given: argparse.Namespac
             {"kind": "quantize", "train": {"epochs": given.qat_epochs, "batch_size": 50, "lr": 0.002}},
         ],
         "compute": {"precision": "bf16-mixed", "threads": given.threads},
-        "deploy": [*cpu, *gpu],
+        "deploy": [
+            *cpu,
+            *(gpu if seed == 0 else []),
+        ],  # engines for GPUs elsewhere are built of one seed: the others differ in weights
         "measure": {"warmup_s": 0.5, "duration_s": 2, "compare_s": 8},
     }
 

@@ -252,13 +252,26 @@ def test_compare_finds_the_faster_engine(engine, inputs, monkeypatch):
 
 def test_rounds_take_every_arm_once_in_changing_order(monkeypatch):
     calls = []
+    settled = []
     monkeypatch.setattr(compare_module, "timed", lambda session, feeds: calls.append(session) or 1)
+    monkeypatch.setattr(compare_module, "_settle", lambda session, pool: settled.append(session))
     job = CompareJob([], "", duration_s=0.0, min_rounds=30)
     samples = compare_module._rounds([("a", [{}]), ("b", [{}]), ("c", [{}])], job)
     assert [len(arm) for arm in samples] == [30, 30, 30]
     rounds = [tuple(calls[index : index + 3]) for index in range(0, 90, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) == 6
+    assert settled == calls  # before each turn
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.001, range(5, 25)), (0.05, range(1, 2))])
+def test_an_arm_settles_before_its_turn_is_timed(monkeypatch, seconds, expected):
+    """A short one runs many times, a long one once."""
+    calls = []
+    monkeypatch.setattr(compare_module, "timed", lambda session, feeds: calls.append(feeds) or time.sleep(seconds))
+    compare_module._settle(None, ["one", "two"])
+    assert len(calls) in expected
+    assert set(calls) <= {"one", "two"}
 
 
 def test_compare_needs_an_engine(inputs):
