@@ -179,6 +179,26 @@ def cifar10() -> str:
     return models + "\n" + engines
 
 
+def h200() -> str:
+    """benchmarks/results/h200.json: what ran on that machine."""
+    report = json.loads((RESULTS / "h200.json").read_text())["report"]
+    return table(
+        ("backend", "precision", "status", "accuracy (engine)", "p50", "MACs in the precision"),
+        [
+            (
+                engine["backend"] + (f", provider {engine['options']['provider']}" if "provider" in engine["options"] else ""),
+                engine["precision"],
+                engine["status"],
+                "–" if engine["metric"] is None else f"{100 * engine['metric']['value']:.2f} %",
+                "–" if engine["latency_ms"] is None else f"{engine['latency_ms']['p50']:.3f} ms",
+                f"{100 * share(engine['audit']['layers'], engine['precision']):.0f} %" if engine["audit"]["layers"] else "–",
+            )
+            for engine in report["engines"]
+            if engine["status"] == "measured"
+        ],
+    )
+
+
 def quickstart() -> str:
     """What benchmarks/results/quickstart.json's run printed at its end."""
     from edgekd.report import lines
@@ -259,9 +279,9 @@ def matrix() -> str:
     )
 
 
-def share(layers: list[dict[str, Any]]) -> float:
-    """Of the multiply-accumulates, those that run in int8."""
-    return sum(row["macs"] for row in layers if row["got"] == "int8") / sum(row["macs"] for row in layers)
+def share(layers: list[dict[str, Any]], precision: str) -> float:
+    """Of the multiply-accumulates, those that run in a precision."""
+    return sum(row["macs"] for row in layers if row["got"] == precision) / sum(row["macs"] for row in layers)
 
 
 def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | None:
@@ -280,7 +300,7 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
     return {
         "float32": found["float32"][1]["metric"]["value"],
         "int8": engine["metric"]["value"],
-        "share": share(engine["audit"]["layers"]),
+        "share": share(engine["audit"]["layers"], "int8"),
         "speedup": ratio["speedup"],
         "valid": valid,
     }
@@ -290,7 +310,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart},
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix},
     "docs/recipes.md": {"options": options},
-    "docs/results.md": {"cifar10": cifar10, "int8 width": width, "startup": startup},
+    "docs/results.md": {"cifar10": cifar10, "h200": h200, "int8 width": width, "startup": startup},
 }
 
 if __name__ == "__main__":

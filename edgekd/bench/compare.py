@@ -98,7 +98,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
 def _rounds(arms: list[tuple[Session, list[dict[str, Array]]]], job: CompareJob) -> list[list[int]]:
     """Nanoseconds per arm and round. The order within a round is random, so that no arm always follows the same other.
 
-    A turn begins with inferences that are not timed, for ``SETTLE_S``. The other arms' weights lie in the caches; a deployed engine
+    A turn begins with inferences that are not timed, for ``SETTLE_S``. The other arms' weights lie in the caches; an engine alone
     finds its own there, and a small one would lose more by the change than a large one, which no cache holds anyway.
     """
     rng = np.random.default_rng(SEED)

@@ -82,7 +82,8 @@ class CudaGraph:
             # A failed recording must end as well: the stream could not be used again.
             code = self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
         if not done or code:
-            raise BuildError(f"this engine cannot be recorded as a CUDA graph: {self._name(code)}", hint="set cuda_graph: false")
+            reason = self._name(code) if code else "its work could not be put on the stream"
+            raise BuildError(f"this engine cannot be recorded as a CUDA graph: {reason}", hint="set cuda_graph: false")
         try:
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
         finally:

@@ -80,7 +80,10 @@ class TensorRtRtx:
     def fingerprint(self, options: TensorRtRtxOptions) -> dict[str, Any]:
         """Library version and the GPUs it is for; the machine that builds does not matter."""
         version = require("tensorrt_rtx").__version__
-        return {"library": "tensorrt_rtx", "version": version, "compute_capabilities": list(options.compute_capabilities)}
+        names = list(options.compute_capabilities)
+        if names == ["current"] and (gpus := hardware.gpus()[0]):
+            names = [gpus[0]["capability"]]
+        return {"library": "tensorrt_rtx", "version": version, "compute_capabilities": names}
 
     def build(self, model: Path, options: TensorRtRtxOptions, out: Path) -> list[str]:
         """Parse the graph and build the engine ahead of time."""
@@ -89,6 +92,12 @@ class TensorRtRtx:
             raise WrongMachineError(
                 "not built: compute capability 'current' needs an NVIDIA GPU, and there is none here",
                 hint=f"name the GPUs to build for: {', '.join(CAPABILITIES[:-1])}",
+            )
+        gpu = next(iter(hardware.gpus()[0]), None) if options.compute_capabilities == ("current",) else None
+        if gpu is not None and not hasattr(trt.ComputeCapability, gpu["capability"]):  # it would build one that runs nowhere
+            raise WrongMachineError(
+                f"not built: TensorRT-RTX does not support {gpu['capability']} ({gpu['name']})",
+                hint=f"use backend tensorrt on this GPU, or name other GPUs to build for: {', '.join(CAPABILITIES[:-1])}",
             )
         with _trt.Build(trt, self.name, model, out) as build:
             build.parse()

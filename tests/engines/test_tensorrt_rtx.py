@@ -88,6 +88,18 @@ def test_current_needs_a_gpu(tmp_path, float_model):
     assert "SM89" in caught.value.hint
 
 
+def test_current_is_refused_on_a_gpu_that_the_library_does_not_support(tmp_path, float_model, monkeypatch):
+    """TensorRT-RTX 1.7 builds an engine there (seen on an H200) that runs on no GPU at all."""
+    found = [{"name": "NVIDIA H200", "capability": "SM90", "memory_mib": 143771.0, "driver": "580.159.04"}]
+    monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(hardware, "gpus", lambda: (found, ""))
+    options = TensorRtRtxOptions(compute_capabilities=("current",))
+    with pytest.raises(WrongMachineError, match=r"does not support SM90 \(NVIDIA H200\)") as caught:
+        build_engine(float_model.path, options, "float32", tmp_path)
+    assert caught.value.hint.startswith("use backend tensorrt on this GPU")
+    assert backend("tensorrt_rtx").fingerprint(options)["compute_capabilities"] == ["SM90"]
+
+
 def graph(folder, nodes, constants=(), dtype=TensorProto.FLOAT, rows=()):
     """A model of these nodes from ``images`` [b, 16, 16, 16] to ``y``."""
     images = helper.make_tensor_value_info("images", dtype, ["b", 16, 16, 16])
