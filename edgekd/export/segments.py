@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from edgekd.engines.onnx_layers import paths
 from edgekd.errors import ParityError
+from edgekd.export.qdq import RGB
 from edgekd.quantize.fake_quant import Quantizer
 
 MAX_STEPS = 1.001
 """A value on the edge between two codes may round either way; two codes away is another value."""
+WIDER, PADS = ((0, 0), (0, 1), (0, 0), (0, 0)), [0, 0, 0, 0, 0, 1, 0, 0]
+"""What the encoding adds to an image, as NumPy says it and as ONNX does."""
 _SAME_GRID, _OFF_GRID = 1e-4, 1e-2
 """Relative distance of two scales, and distance from a code in steps, that float32 explains."""
 
@@ -48,6 +51,8 @@ class Cut:
     """Scale and zero point of each, as the file has them."""
     modules: list[str]
     """Whose output each is."""
+    tensors: list[Trained]
+    """The trained ones, with the channels of zeros that the encoding adds to an image."""
 
 
 def trained_tensors(quantized: nn.Module, inputs: Sequence[Tensor]) -> list[Trained]:
@@ -87,10 +92,15 @@ def cut(model: Any, tensors: Sequence[Trained]) -> Cut:
     if len(quantizers) != len(tensors):
         raise ParityError(f"the file has {len(quantizers)} quantizers and the trained model {len(tensors)}")
     feeds: dict[str, Array] = {}
-    grids, where = [], []
+    grids, where, wide = [], [], []
+    makers = {name: node for node in graph.node for name in node.output}
     del graph.output[:]
-    for index, (node, tensor) in enumerate(zip(quantizers, tensors, strict=True)):
+    for index, (node, trained) in enumerate(zip(quantizers, tensors, strict=True)):
         scale, zero = float(constants[node.input[1]]), constants[node.input[2]]
+        maker = makers.get(node.input[0])
+        pads = constants.get(maker.input[1]) if maker is not None and maker.op_type == "Pad" else None
+        widened = pads is not None and pads.tolist() == PADS and trained.values.shape[1] == RGB
+        tensor = Trained(np.pad(trained.values, WIDER), trained.scale) if widened else trained
         path, steps = modules[node.name], tensor.scale / scale
         codes = np.rint(tensor.values / scale)
         if abs(steps - round(steps)) > _SAME_GRID or np.abs(codes - tensor.values / scale).max(initial=0) > _OFF_GRID:
@@ -107,8 +117,9 @@ def cut(model: Any, tensors: Sequence[Trained]) -> Cut:
         feeds[given] = codes
         grids.append((scale, int(zero)))
         where.append(path)
+        wide.append(tensor)
     del graph.value_info[:]
-    return Cut(model, feeds, grids, where)
+    return Cut(model, feeds, grids, where, wide)
 
 
 def _in_order(graph: Any) -> list[Any]:
@@ -121,11 +132,11 @@ def _in_order(graph: Any) -> list[Any]:
     return sorted(found, key=lambda node: numbers[node.output[0]])
 
 
-def differences(tensors: Sequence[Trained], grids: Sequence[tuple[float, int]], outputs: Mapping[str, Array]) -> list[Array]:
+def differences(parts: Cut, outputs: Mapping[str, Array]) -> list[Array]:
     """Per tensor: distances from the trained values in trained steps; half a step is a finer value where an encoding has them."""
     return [
         np.abs((outputs[f"out{index}"].astype(np.float64) - zero) * scale - tensor.values) / tensor.scale
-        for index, (tensor, (scale, zero)) in enumerate(zip(tensors, grids, strict=True))
+        for index, (tensor, (scale, zero)) in enumerate(zip(parts.tensors, parts.grids, strict=True))
     ]
 
 

@@ -116,7 +116,7 @@ def _tensors(quantized: nn.Module, model: Any, images: Tensor) -> dict[str, Any]
     except ParityError as error:  # the comparison from end to end goes on
         return {"reason": f"not compared tensor by tensor: {error.message}"}
     outputs = parity.run_once(parts.model, {onnx.INPUT: images.numpy()} | parts.feeds)
-    return segments.summary(segments.differences(trained, parts.grids, outputs), parts.modules)
+    return segments.summary(segments.differences(parts, outputs), parts.modules)
 
 
 def limits(config: ExportConfig, kind: str) -> parity.Limits:

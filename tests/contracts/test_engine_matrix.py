@@ -183,7 +183,7 @@ def segments_of(name, encoding, made, exported):
 
 
 def check_segments(tensors, parts, outputs, record_property):
-    found = summary(differences(tensors, parts.grids, outputs), parts.modules)  # fails where a value is two steps away
+    found = summary(differences(parts, outputs), parts.modules)  # fails where a value is two steps away
     assert found["count"] == len(tensors) > 0
     record_property("differing", found["differing"])
     assert found["differing"] <= DIFFERING

@@ -252,3 +252,41 @@ def test_onnxruntime_gives_what_torch_gives(twin, encoding, tmp_path):
         expected = encode(made.quantized, encoding)(made.images).numpy()
     assert np.abs(received - expected).max() / np.abs(expected).max() < 0.06
     assert (received.argmax(1) == expected.argmax(1)).mean() > 0.95
+
+
+def test_a_three_channel_image_gets_a_fourth_of_zeros(twin):
+    """In u8, where one convolution alone reads it; ONNX Runtime is faster so. Nothing else changes."""
+    made = twin("resnet8")
+    wide, plain = encode(made.quantized, "u8"), encode(made.quantized, "s8")
+    stem = wide.get_submodule("stem.0").codes
+    assert stem.shape[1] == 4
+    assert torch.equal(stem[:, :3], plain.get_submodule("stem.0").codes)
+    assert not stem[:, 3].any()
+    assert plain.get_submodule("stem.0").codes.shape[1] == 3
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_widths_stay_as_they_are(channels):
+    images = torch.randn(4, channels, 8, 8)
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    quantized = qat.prepare(model, {}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    assert encode(quantized, "u8").get_submodule("0").codes.shape[1] == channels
+
+
+def test_an_image_that_two_read_stays_as_it_is():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.one(x) + self.other(x)
+
+    images = torch.randn(4, 3, 8, 8)
+    quantized = qat.prepare(Two().eval(), {}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    encoded = encode(quantized.eval(), "u8")
+    assert encoded.get_submodule("one").codes.shape[1] == 3
+    with torch.no_grad():
+        torch.testing.assert_close(encoded(images), quantized(images), atol=0.1, rtol=0.1)
