@@ -279,6 +279,28 @@ def matrix() -> str:
     )
 
 
+def peers() -> str:
+    """benchmarks/results/peers.json: a table per family, both backends at one thread."""
+    summary = [row for row in json.loads((RESULTS / "peers.json").read_text())["summary"] if row["threads"] == 1]
+    parts = []
+    for family in dict.fromkeys(row["family"] for row in summary):
+        rows = {(row["backend"], row["name"]): row for row in summary if row["family"] == family}
+        lines = []
+        for name in dict.fromkeys(name for _, name in rows):
+            mine = [rows["onnxruntime", name], rows["openvino", name]]
+            if name == "float32":
+                continue
+            cells: list[str] = []
+            for row in mine:
+                cells.append("failed" if row["drop"] is None else f"{100 * row['drop']['mean']:+.2f}")
+                cells.append("–" if row["speedup"] is None else f"{row['speedup']['mean']:.2f}×")
+            lines.append((name, *cells))
+        seeds = max(len(row["runs"]) for row in rows.values())
+        heads = ("ONNX Runtime: points lost", "faster than float32", "OpenVINO: points lost", "faster than float32")
+        parts.append(f"**{family}**, {seeds} seed{'s' if seeds > 1 else ''}\n\n{table(('quantized by', *heads), lines)}")
+    return "\n".join(parts)
+
+
 def share(layers: list[dict[str, Any]], precision: str) -> float:
     """Of the multiply-accumulates, those that run in a precision."""
     return sum(row["macs"] for row in layers if row["got"] == precision) / sum(row["macs"] for row in layers)
@@ -308,7 +330,7 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart},
-    "docs/deployment.md": {"opsets": opsets, "matrix": matrix},
+    "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {"cifar10": cifar10, "h200": h200, "int8 width": width, "startup": startup},
 }
