@@ -145,6 +145,12 @@ class Build:
         if plan is not None:
             return bytes(plan)
         reason = self.log.error()
+        if scratch := re.search(r"OutOfMemory(?:.*?(\d+) bytes)?|workspace limit", reason):
+            needs = f": a layer needs {int(scratch[1]) / 2**20:.0f} MiB" if scratch[1] else ""
+            raise BuildError(
+                f"{self._name} cannot build {self._model} for {target} with so little scratch memory{needs}",
+                hint="raise backend.workspace_mib; see build.log",
+            )
         names = named(reason, [self.network.get_layer(index) for index in range(self.network.num_layers)])
         paths = module_paths(self._model, names)
         where = f" at {_list(describe(name, paths) for name in names)}" if names else ""

@@ -59,7 +59,8 @@ def layers(model: Any) -> list[dict[str, Any]]:
         """The constant behind a weight, and whether it is dequantized."""
         node = makers.get(name)
         if node is not None and node.op_type == "DequantizeLinear":
-            return weights.get(node.input[0]), True
+            codes = makers.get(node.input[0])  # some tools leave the weights in float, and quantize them in the graph
+            return weights.get(node.input[0] if codes is None else codes.input[0]), True
         return weights.get(name), False
 
     def fused(name: str) -> list[str]:

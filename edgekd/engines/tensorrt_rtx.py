@@ -37,7 +37,7 @@ class TensorRtRtxOptions:
     compute_capabilities: tuple[str, ...] = ("SM89",)
     """GPUs to build for: SM75 (Turing), SM80 and SM86 (Ampere), SM89 (Ada), SM120 and SM121 (Blackwell); or ``current`` alone,
     which needs the GPU."""
-    workspace_mib: int = 256
+    workspace_mib: int = 1024
     """Scratch memory that a layer may use, MiB, 1 to 65536."""
     opt_batch: int = 1
     """The batch that kernels are chosen for, where the model's batch is free."""

@@ -168,6 +168,7 @@ def _hop(result: dict[str, Any], reason: Any = None) -> dict[str, Any]:
         "allowed": result.get("allowed") or {},
         "metric": result.get("metric"),
         "kept_float32": result.get("kept_float32") or [],
+        "tensors": result.get("tensors") or {},
         "reason": why,
     }
 

@@ -404,8 +404,25 @@ def parity(report: Report) -> Table:
                     _before_after(entry["metric"]),
                 )
             )
+        if entry["tensors"]:
+            rows.append((*about, *_tensors(entry["tensors"])))
     columns = "hop|model|precision|output|images >|max error (allowed) >|worst element: expected, received|cosine >"
     return table(columns + "|decisions changed (allowed) >|metric before → after >", rows)
+
+
+def _tensors(found: dict[str, Any]) -> tuple[object, ...]:
+    """What a comparison tensor by tensor says, in the columns of the others."""
+    if not found.get("count"):
+        return (units.plain(found.get("reason", "")), *[units.NONE] * 6)
+    return (
+        f"each of {found['count']} quantized tensors, on equal inputs",
+        units.NONE,
+        f"{units.number(found['max_steps'], 3)} of a step (1)",
+        f"in {found['module']}",
+        units.NONE,
+        f"{_small_percent(found['differing'])} of the values by a step",
+        units.NONE,
+    )
 
 
 def _of_allowed(value: str, allowed: str) -> str:

@@ -155,6 +155,18 @@ def test_a_matrix_product_on_turing_is_named_with_its_module(tmp_path):
     assert "pass.cpp" not in caught.value.message
 
 
+def test_too_little_scratch_memory_leads_to_the_option(tmp_path):
+    weight = numpy_helper.from_array(np.ones((16, 1, 3, 3), np.float32), "w")
+    wide = helper.make_node("Resize", ["images", "", "scales"], ["wide"], name="/up", mode="nearest")
+    nodes = [wide, helper.make_node("Conv", ["wide", "w"], ["y"], pads=[1] * 4, group=16, name="/conv")]
+    scales = numpy_helper.from_array(np.array([1, 1, 16, 16], np.float32), "scales")
+    model, out = graph(tmp_path, nodes, [weight, scales])
+    options = TensorRtRtxOptions(workspace_mib=1, max_batch=256, opt_batch=256)
+    with pytest.raises(BuildError, match="for SM89 with so little scratch memory") as caught:
+        build_engine(model, options, "float32", out)
+    assert "workspace_mib" in caught.value.hint
+
+
 def test_a_type_that_a_gpu_lacks_leads_to_the_layers_that_have_it(tmp_path):
     """The library's message names the type and the GPU alone."""
     codes = helper.make_tensor("codes", TensorProto.INT4, (16, 16, 3, 3), np.zeros(16 * 16 * 9, np.int8).tolist())

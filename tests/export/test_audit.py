@@ -4,6 +4,7 @@ import json
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 from torch import nn
 
 from edgekd.engines import audit, build_engine, onnx_layers, options_from
@@ -166,3 +167,21 @@ def test_the_audit_of_an_earlier_version_is_judged_the_same_way():
     old = {"layers": rows, "asked_int8": 1.0, "got_int8": 0.0, "other_time": 0.0, "reason": ""}
     assert audit.refusal(old).startswith("asked for int8, but only 0%")
     assert audit.summary(old) == "int8: 0% of the multiply-accumulates asked in it run in it"
+
+
+def test_weights_that_are_quantized_in_the_graph_are_a_layer_too():
+    """As nvidia-modelopt writes them: float weights, QuantizeLinear, DequantizeLinear."""
+    scalars = [helper.make_tensor(name, TensorProto.FLOAT, [], [0.1]) for name in ("s", "ws")]
+    zeros = [helper.make_tensor(name, TensorProto.INT8, [], [0]) for name in ("z", "wz")]
+    weight = helper.make_tensor("stem.weight", TensorProto.FLOAT, [4, 3, 3, 3], [0.5] * 108)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"], name="dq"),
+        helper.make_node("QuantizeLinear", ["stem.weight", "ws", "wz"], ["wq"], name="wq"),
+        helper.make_node("DequantizeLinear", ["wq", "ws", "wz"], ["wdq"], name="wdq"),
+        helper.make_node("Conv", ["dq", "wdq"], ["y"], name="conv", pads=[1] * 4),
+    ]
+    images, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, c, 8, 8]) for name, c in (("images", 3), ("y", 4)))
+    graph = helper.make_graph(nodes, "net", [images], [y], [*scalars, *zeros, weight])
+    (row,) = onnx_layers.layers(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+    assert (row["node"], row["path"], row["asked"], row["macs"]) == ("conv", "stem", "int8", 8 * 8 * 108)

@@ -8,7 +8,7 @@ import pytest
 from edgekd import report
 from edgekd.artifacts import write_json
 from edgekd.errors import ArtifactError
-from edgekd.report import html, markdown, tables
+from edgekd.report import html, markdown, tables, views
 from edgekd.report.measured import ecdf
 
 # A type, a tuple of alternatives, a list of one element's schema, or a dict of required keys.
@@ -104,6 +104,15 @@ def test_a_finished_run(full):
     assert engines[0]["outputs"][0]["worst"]["position"] == [3]
     assert engines[-1]["reason"] == "tensorrt_rtx is not installed"  # not run, and why
     assert found["parity"][0]["outputs"][0]["max_error"] == 1.5e-6
+    compared = [entry for entry in found["parity"] if entry["tensors"]]
+    assert compared
+    assert {(entry["hop"], entry["encoding"]) for entry in compared} == {("torch to ONNX", "int8")}
+    rows = [row for row in views.parity(found).rows if "quantized tensors" in row[3]]
+    assert len(rows) == len(compared)
+    assert rows[0][3:] == (
+        *("each of 21 quantized tensors, on equal inputs", "–", "1.00 of a step (1)", "in layer2.0", "–"),
+        *("0.0024 % of the values by a step", "–"),
+    )
 
 
 def test_every_engines_numbers_are_those_of_its_record(full):
