@@ -415,12 +415,12 @@ def _tensors(found: dict[str, Any]) -> tuple[object, ...]:
     if not found.get("count"):
         return (units.plain(found.get("reason", "")), *[units.NONE] * 6)
     return (
-        f"each of {found['count']} quantized tensors, on equal inputs",
+        f"{found['count']} tensors, one by one",
         units.NONE,
         f"{units.number(found['max_steps'], 3)} of a step (1)",
         f"in {found['module']}",
         units.NONE,
-        f"{_small_percent(found['differing'])} of the values by a step",
+        f"{_small_percent(found['differing'])} a step off",
         units.NONE,
     )
 
