@@ -146,10 +146,11 @@ def test_every_family_runs_everywhere(name, backend, precision, exported, made, 
     source = exported(name, options.encoding if precision == "int8" else precision)
     record = build_engine(source / "model.onnx", options, precision, tmp_path)
     found = record["audit"]
-    assert audit.refusal(found) is None
+    expected = list(family.float_on_onnxruntime) if (backend, precision) == ("onnxruntime", "int8") else []
+    if not expected:  # else the refusal depends on the time that these layers happen to take
+        assert audit.refusal(found) is None
     if found["layers"]:
-        missed = [row["path"] for row in found["layers"] if row["got"] != row["asked"]]
-        assert missed == (list(family.float_on_onnxruntime) if (backend, precision) == ("onnxruntime", "int8") else [])
+        assert [row["path"] for row in found["layers"] if row["got"] != row["asked"]] == expected
     if backend in RUN_ELSEWHERE:
         assert found == {"layers": [], "reason": "built, not inspected: TensorRT-RTX reads an engine only on its GPU"}
         with pytest.raises(WrongMachineError, match="built, not run"):
