@@ -208,6 +208,7 @@ class Deployment:
     def _engine(self, onnx: Artifact, entry: DeployConfig, precision: str, role: str) -> Artifact | JobResult:
         options = options_dict(entry.backend)
         fingerprint = find_backend(entry.backend.name).fingerprint(entry.backend)
+        runs = export_stage.PRECISIONS.get(precision, precision)
         config = {"backend": options, "precision": precision, "target": entry.target}
         inputs = {"kind": "engine", "onnx": onnx.id, "config": config, "fingerprint": fingerprint}
 
@@ -215,7 +216,7 @@ class Deployment:
             self.display.say(f"building {entry.backend.name} {precision} ({role})")
             start = time.monotonic()
             result = self._job(
-                BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=precision, out=str(folder))
+                BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=runs, out=str(folder))
             )
             size = sum(path.stat().st_size for path in folder.iterdir() if path.name in result.payload["files"])
             return {
@@ -429,7 +430,7 @@ def _precisions(entry: DeployConfig, checkpoints: list[Checkpoint]) -> list[str]
 def _source(checkpoints: list[Checkpoint], precision: str) -> Checkpoint | None:
     """The checkpoint that an engine of this precision is made from: the quantized one, or the last float one before it."""
     quantized = [checkpoint for checkpoint in checkpoints if checkpoint.stage in QUANTIZED]
-    if precision == "int8":
+    if precision in ("int8", "hybrid"):
         return quantized[-1] if quantized else None
     floats = [checkpoint for checkpoint in checkpoints if checkpoint.stage not in QUANTIZED]
     return floats[-1] if floats else None

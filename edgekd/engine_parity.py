@@ -61,11 +61,9 @@ def measure(
     first = {name: array[:count] for name, array in received.items()}
     found = parity.compare(expected, first, task, what=f"the {backend['name']} engine")
     lower = backend.get("inference_precision") == "bf16"  # then what the file has in float32 is not
-    return (
-        found,
-        parity.metrics(expected, first, labels[:count], task),
-        limits(config, "bf16" if lower else model.config["encoding"]),
-    )
+    # else as the file's own hop: what it has in few bits is told there
+    allowed = limits(config, "bf16") if lower else parity.Limits(**model.json("parity.json")["allowed"])
+    return found, parity.metrics(expected, first, labels[:count], task), allowed
 
 
 def where(

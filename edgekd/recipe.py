@@ -29,11 +29,12 @@ from edgekd.distill import MethodConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
 from edgekd.errors import EdgekdError
-from edgekd.export.stage import ExportConfig
+from edgekd.export.stage import PRECISIONS, ExportConfig
 from edgekd.models.config import ModelConfig
 from edgekd.nn.shapes import shapes_only
 from edgekd.nn.taps import resolve
 from edgekd.prune.stage import PruneConfig
+from edgekd.quantize.hybrid import HybridConfig
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
 from edgekd.tasks import TaskConfig
@@ -43,7 +44,7 @@ from edgekd.train.stage import FinetuneConfig
 
 StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig | PtqConfig, Field(discriminator="kind")]
 Role = Literal["teacher", "student_alone", "student"]
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "int8", "hybrid"]
 Built = tuple[nn.Module, dict[str, str]]
 """A model and its taps."""
 
@@ -68,7 +69,8 @@ class DeployConfig(Config):
     backend: Annotated[BackendOptions, Field(discriminator="name")]
     """How engines are built and run, with all its options."""
     precision: list[Precision] = Field(min_length=1)
-    """float32 is the last float model; int8 needs a stage that quantizes: quantize or ptq."""
+    """float32 is the last float model; int8 needs a stage that quantizes: quantize or ptq; hybrid needs one with `quantizer: {kind:
+    hybrid}`, and computes what was trained in float operations: it shows what the bits cost, and saves no time."""
     models: list[Role] = Field(default=["student"], min_length=1)
     """Whose engines; the teacher and the student trained alone are float32 only."""
     target: Literal["local"] = "local"
@@ -253,6 +255,7 @@ def _check_order(recipe: Recipe) -> list[Problem]:
 def _check_deploy(recipe: Recipe) -> list[Problem]:
     problems = []
     quantized = any(isinstance(stage, QuantizeConfig | PtqConfig) for stage in recipe.stages)
+    hybrid = any(isinstance(stage, QuantizeConfig) and isinstance(stage.quantizer, HybridConfig) for stage in recipe.stages)
     for number, entry in enumerate(recipe.deploy):
         if recipe.export.batch not in (None, entry.batch):
             problems.append(
@@ -264,7 +267,7 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
             )
         for index, precision in enumerate(entry.precision):
             path: Path_ = ("deploy", number, "precision", index)
-            reason = entry.backend.unsupported(precision)
+            reason = entry.backend.unsupported(PRECISIONS.get(precision, precision))
             if reason:
                 problems.append(Problem(path, reason, "remove it here, or change the backend's options"))
             elif precision == "int8" and not quantized:
@@ -273,6 +276,14 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
                         path,
                         "int8 needs a quantized student, and no stage quantizes it",
                         "add a quantize or a ptq stage, or deploy float32",
+                    )
+                )
+            elif precision == "hybrid" and not hybrid:
+                problems.append(
+                    Problem(
+                        path,
+                        "hybrid needs a student with hybrid bits, and no stage gives it any",
+                        "add a quantize stage with `quantizer: {kind: hybrid}`, or remove it here",
                     )
                 )
             if precision in entry.precision[:index]:
@@ -285,7 +296,7 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
                 problems.append(Problem(path, "the recipe has no teacher", "add a teacher section, or remove it here"))
             if role == "student_alone" and "student_alone" not in recipe.compare:
                 problems.append(Problem(path, "student_alone is not trained", "add compare: [student_alone]"))
-            if role != "student" and not set(entry.precision) - {"int8"}:
+            if role != "student" and not set(entry.precision) - {"int8", "hybrid"}:
                 problems.append(
                     Problem(
                         path,

@@ -31,8 +31,7 @@ from edgekd.quantize.fake_quant import (
     Quantizer,
     QuantLayer,
     QuantLinear,
-    quantized_weight,
-    weight_scale,
+    output_axis,
 )
 
 ENCODINGS = ("u8", "s8")
@@ -163,7 +162,7 @@ def _store_scale(quantizer: Quantizer) -> None:
 def _unsigned(quantizer: Quantizer) -> None:
     if quantizer.signed:
         quantizer.zero_point = 128
-    else:
+    elif quantizer.finer:
         quantizer.high = 255
         quantizer.log_scale.sub_(math.log(2))
 
@@ -199,10 +198,9 @@ def _take_norm(model: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 @torch.no_grad()
 def _encoded(layer: QuantLayer, norm: Any) -> nn.Module:
-    axis = int(isinstance(layer, QuantConvTranspose2d))
-    weight, scale = layer.weight.float(), weight_scale(layer.weight, axis)
-    column = [-1 if index == axis else 1 for index in range(weight.ndim)]
-    codes = (quantized_weight(weight, axis) / scale.view(column)).round()
+    axis = output_axis(layer)
+    codes, scale = layer.scheme.encode(layer.weight, axis)
+    column = [-1 if index == axis else 1 for index in range(codes.ndim)]
     bias = None if layer.bias is None else layer.bias.float().clone()
     if norm is not None:
         gain = (norm.running_var.float() + norm.eps).rsqrt()

@@ -19,12 +19,17 @@ from edgekd.engines import onnx_layers, opsets
 from edgekd.errors import ParityError
 from edgekd.export import float16, lint, onnx, parity, segments
 from edgekd.export.qdq import ENCODINGS, encode
+from edgekd.export.simulate import simulated
 from edgekd.quantize import stage as quantize_stage
+from edgekd.quantize.fake_quant import BITS, Quantizer
 from edgekd.tasks.base import Task
 
-MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "bf16": 0.1, "u8": 0.1, "s8": 0.1}
-MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "bf16": 0.05, "u8": 0.05, "s8": 0.05}
-"""Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up."""
+MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "bf16": 0.1, "u8": 0.1, "s8": 0.1, "hybrid": 0.1, "few": 0.3}
+MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "bf16": 0.05, "u8": 0.05, "s8": 0.05, "hybrid": 0.05, "few": 0.15}
+"""Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up; the
+more the fewer codes there are ("few": some layer has less than 8 bits)."""
+PRECISIONS = {"hybrid": "float32"}
+"""What a file in an encoding runs in, where that has another name."""
 RANGE_IMAGES = 64
 """Calibration images on which a float32 file shows what float16 would not hold."""
 
@@ -51,8 +56,9 @@ def run(
 
     Args:
         config: The recipe's section.
-        checkpoint: A float one for float32 and float16, a quantized one for u8 and s8.
-        encoding: ``float32``, ``float16``, or an encoding of integers (edgekd.export.qdq).
+        checkpoint: A float one for float32 and float16, else a quantized one.
+        encoding: ``float32``, ``float16``, an encoding of integers (edgekd.export.qdq), or ``hybrid``: what was trained, in
+            float operations (edgekd.export.simulate).
         dataset: Gives the preprocessing and the images to compare on.
         task: Names the outputs.
         folder: Where the files go.
@@ -66,7 +72,7 @@ def run(
     """
     loaded = quantize_stage.load(checkpoint)
     integers = encoding in ENCODINGS
-    module = encode(loaded.module, encoding) if integers else loaded.module.eval()
+    module = _as_written(loaded.module, encoding)
     example = loaded.architecture.example()
     opset = config.opset or opsets.PREFERRED
     model = onnx.export(module, example, output_names=task.output_names, opset=opset, batch=config.batch)
@@ -78,7 +84,7 @@ def run(
     path = folder / "model.onnx"
     onnx.save(model, path)
     write_json(folder / "layers.json", onnx_layers.layers(model))
-    io = onnx.describe(model, preprocessing(dataset), "int8" if integers else encoding)
+    io = onnx.describe(model, preprocessing(dataset), "int8" if integers else PRECISIONS.get(encoding, encoding))
     write_json(folder / "io.json", {**io, "postprocessing": task.postprocessing(dataset.classes)})
     findings = lint.lint(model, encoding)
     write_json(folder / "lint.json", lint.as_json(findings))
@@ -95,7 +101,7 @@ def run(
     result |= parity.check(
         found,
         parity.metrics(expected, received, dataset.val.labels[:count], task),
-        limits(config, encoding),
+        limits(config, "few" if _few_bits(loaded.module) else encoding),
         where=lambda _: parity.where_in_file(module, model, images[parity.worst_first(found, parity.LOCAL_IMAGES)], encoding),
     )
     if encoding == "float16":
@@ -117,6 +123,17 @@ def _tensors(quantized: nn.Module, model: Any, images: Tensor) -> dict[str, Any]
         return {"reason": f"not compared tensor by tensor: {error.message}"}
     outputs = parity.run_once(parts.model, {onnx.INPUT: images.numpy()} | parts.feeds)
     return segments.summary(segments.differences(parts, outputs), parts.modules)
+
+
+def _as_written(model: nn.Module, encoding: str) -> nn.Module:
+    if encoding in ENCODINGS:
+        return encode(model, encoding)
+    return simulated(model) if encoding == "hybrid" else model.eval()
+
+
+def _few_bits(model: nn.Module) -> bool:
+    """Whether any quantizer has less than 8 bits."""
+    return any(part.bits < BITS for part in model.modules() if isinstance(part, Quantizer))
 
 
 def limits(config: ExportConfig, kind: str) -> parity.Limits:

@@ -12,7 +12,8 @@ bits and follows every average of the weights.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, 
     to_values = gradient * inside
     to_scale = None
     if ctx.needs_input_grad[1]:
-        share = gradient * (output - values * inside) / step
+        # not values * inside: an infinite value outside would give 0 * inf
+        share = gradient * (output - torch.where(inside, values, 0)) / step
         to_scale = share.flatten(1).sum(1) if scale.ndim else share.sum()
     return to_values, to_scale, None, None, None
 
@@ -68,10 +70,11 @@ fake_quantize.register_autograd(_backward, setup_context=_keep)
 
 
 class Quantizer(nn.Module):
-    """Quantizes an activation to 8 bits with one scale; the same module may serve several tensors that must share it.
+    """Quantizes an activation with one scale; the same module may serve several tensors that must share it.
 
-    Codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is negative. An
-    encoding for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one.
+    With 8 bits, codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is negative.
+    An encoding for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one. With k < 8 bits
+    they are -2^(k-1)..2^(k-1)-1, or all of 0..2^k-1.
 
     Args:
         signed: Whether values may be negative.
@@ -79,15 +82,36 @@ class Quantizer(nn.Module):
         limit: Largest value that its tensors can have (6 behind a ReLU6). The codes then end before it, in an unsigned encoding
             too, which halves the step: the quantizer clips what the activation would, and engines leave the activation out.
             ONNX Runtime runs the layer in float where they reach beyond.
+        bits: Of the codes, 1 to 8.
+        end: The value of the largest code, fixed: neither calibrated nor learned.
+        whole: Use all 2^8 codes with 8 bits where nothing is negative, 0..255, as DoReFa does; no int8 holds them.
     """
 
-    def __init__(self, signed: bool, learned: bool, limit: float | None = None) -> None:
+    def __init__(
+        self,
+        signed: bool,
+        learned: bool,
+        limit: float | None = None,
+        bits: int = BITS,
+        end: float | None = None,
+        whole: bool = False,
+    ) -> None:
         super().__init__()
-        self.signed, self.limit = signed, limit
-        self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned)
-        self.low, self.high, self.zero_point = (-128 if signed else 0), 127, 0
+        self.signed, self.bits, self.end = signed, bits, end
+        self.low = -(2 ** (bits - 1)) if signed else 0
+        self.high = 2 ** (bits - 1) - 1 if signed or (bits == BITS and not whole) else 2**bits - 1
+        self.zero_point = 0
+        self.limit = limit if end is None else None
+        self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned and end is None)
+        if end is not None:
+            self.log_scale.data.fill_(end / self.high).log_()
         self.observer: Any = None
         """Told of every tensor while calibrating; the tensor then passes unchanged."""
+
+    @property
+    def finer(self) -> bool:
+        """Whether an unsigned encoding may halve the step: the codes are half of what 8 bits hold."""
+        return not self.signed and self.bits == BITS and self.high == 2 ** (BITS - 1) - 1
 
     def scale(self) -> Tensor:
         """The step between two codes, float32 []."""
@@ -107,7 +131,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""
-        return f"codes {self.low}..{self.high}"
+        return f"codes {self.low}..{self.high}" + (f", up to {self.end:g}" if self.end is not None else "")
 
 
 def _scaled_gradient(scale: Tensor, factor: float) -> Tensor:
@@ -127,35 +151,77 @@ def quantized_weight(weight: Tensor, axis: int = 0) -> Tensor:
     return fake_quantize(turned, weight_scale(turned), 0, -127, 127).transpose(0, axis).to(weight.dtype)
 
 
+class WeightScheme(Protocol):
+    """How a layer's float weights become codes."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    def fake(self, weight: Tensor, axis: int) -> Tensor:
+        """The values that the codes stand for, same shape, with a gradient; ``axis`` is where output channels are."""
+
+    def encode(self, weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """The codes, same shape, within -128..127, and one scale per output channel, [C]; no gradient."""
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """Codes -127..127, one scale per output channel from its largest weight."""
+
+    bits: int = BITS
+
+    def fake(self, weight: Tensor, axis: int) -> Tensor:
+        """The weight, rounded."""
+        return quantized_weight(weight, axis)
+
+    def encode(self, weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Codes and scales."""
+        scale = weight_scale(weight, axis)
+        column = [-1 if index == axis else 1 for index in range(weight.ndim)]
+        return (quantized_weight(weight.detach().float(), axis) / scale.view(column)).round(), scale
+
+
 class QuantConv2d(nn.Conv2d):
-    """A convolution with int8 weights; its float weights are what is trained."""
+    """A convolution with quantized weights; its float weights are what is trained."""
+
+    scheme: WeightScheme
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, Cin, H, W] to [B, Cout, H', W']."""
-        return self._conv_forward(input, quantized_weight(self.weight), self.bias)
+        return self._conv_forward(input, self.scheme.fake(self.weight, 0), self.bias)
 
 
 class QuantConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution with int8 weights, one scale per output channel: axis 1 of [Cin, Cout, kH, kW]."""
+    """A transposed convolution with quantized weights; output channels are axis 1 of [Cin, Cout, kH, kW]."""
+
+    scheme: WeightScheme
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # a file has one output size: that of the stride
         """[B, Cin, H, W] to [B, Cout, H', W']."""
         options: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return nn.functional.conv_transpose2d(input, quantized_weight(self.weight, 1), self.bias, *options)
+        return nn.functional.conv_transpose2d(input, self.scheme.fake(self.weight, 1), self.bias, *options)
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer with int8 weights; its float weights are what is trained."""
+    """A linear layer with quantized weights; its float weights are what is trained."""
+
+    scheme: WeightScheme
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., Cin] to [..., Cout]."""
-        return nn.functional.linear(input, quantized_weight(self.weight), self.bias)
+        return nn.functional.linear(input, self.scheme.fake(self.weight, 0), self.bias)
 
 
 QuantLayer = QuantConv2d | QuantConvTranspose2d | QuantLinear
 
 
-def quantized_layer(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> QuantLayer:
+def output_axis(layer: nn.Module) -> int:
+    """Where a layer's weight has its output channels."""
+    return int(isinstance(layer, nn.ConvTranspose2d))
+
+
+def quantized_layer(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, scheme: WeightScheme) -> QuantLayer:
     """The quantized twin of a layer; it takes over the layer's own parameters."""
     twin: QuantLayer
     bias = layer.bias is not None
@@ -177,5 +243,5 @@ def quantized_layer(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> QuantL
                 twin = QuantConvTranspose2d(*sizes, **options)
             else:
                 twin = QuantConv2d(*sizes, **options)
-    twin.weight, twin.bias = layer.weight, layer.bias
+    twin.weight, twin.bias, twin.scheme = layer.weight, layer.bias, scheme
     return twin.train(layer.training)

@@ -43,7 +43,7 @@ MOVES = (
     *(*DROPOUTS, nn.Identity, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle),
     *(F.max_pool2d, F.channel_shuffle, F.pixel_shuffle, torch.flatten, torch.reshape, torch.permute, torch.transpose),
     *(*SPLITS, torch.squeeze, torch.unsqueeze),
-    *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
+    *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
 )
 
 
@@ -61,7 +61,8 @@ def kept_in_float(traced: fx.GraphModule, which: Sequence[str]) -> set[str]:
 
     Args:
         traced: The graph.
-        which: ``first`` and ``last``, by the order of execution, and ``depthwise``: convolutions with one channel per group.
+        which: ``first`` and ``last``, by the order of execution; ``outputs``: layers whose result is an output of the model, as
+            it is or moved; and ``depthwise``: convolutions with one channel per group.
 
     Raises:
         TrainingError: The model has no depthwise convolution, and they were named.
@@ -72,8 +73,23 @@ def kept_in_float(traced: fx.GraphModule, which: Sequence[str]) -> set[str]:
     depthwise = {path for path in paths if 1 < getattr(modules[path], "groups", 1) == modules[path].in_channels}
     if "depthwise" in which and not depthwise:
         raise TrainingError("quantizer.keep_float: the model has no depthwise convolution", hint="remove it there")
-    found = {"first": set(paths[:1]), "last": set(paths[-1:]), "depthwise": depthwise}
+    found = {
+        "first": set(paths[:1]),
+        "last": set(paths[-1:]),
+        "outputs": output_layers(traced),
+        "depthwise": depthwise,
+    }
     return {path for name in which for path in found[name]}
+
+
+def output_layers(traced: fx.GraphModule) -> set[str]:
+    """Module paths of the layers whose result is an output of the model, as it is, moved or concatenated."""
+    look = Placement(traced, lambda path: True)  # noqa: ARG005  the rules alone
+    found = set()
+    for node in look.outputs():
+        if node.op == "call_module" and isinstance(look.modules[str(node.target)], LAYERS):
+            found.add(str(node.target))
+    return found
 
 
 class Tracer(fx.Tracer):
@@ -184,6 +200,49 @@ class Placement:
     def limit(self, group: fx.Node) -> float | None:
         """The largest value that any of a quantizer's tensors can have; None where what made them does not say."""
         return 6.0 if all(self._within_six(node) for node in self._sources if self._group(node) is group) else None
+
+    def makers(self, group: fx.Node) -> set[str]:
+        """Module paths of the integer layers whose results, with their batch norm and ReLU, a quantizer serves."""
+        sources = {node for node in self._sources if self._group(node) is group}
+        return {str(node.target) for node in self._integer if self.end(node) in sources}
+
+    def takers(self, group: fx.Node) -> set[str]:
+        """Module paths of the integer layers that read a quantizer's tensors."""
+        return {str(node.target) for node in self._integer if self._group(node.all_input_nodes[0]) is group}
+
+    def reads_input(self, group: fx.Node) -> bool:
+        """Whether a quantizer serves an input of the model."""
+        return any(node.op == "placeholder" for node in self._sources if self._group(node) is group)
+
+    def unit_end(self, group: fx.Node) -> float | None:
+        """Where the values of a quantizer end if every ReLU behind a convolution ends at 1; None where that says nothing."""
+        ends = [self._unit_end(node) for node in self._sources if self._group(node) is group]
+        return max(ends) if all(ends) else None
+
+    def _unit_end(self, node: fx.Node) -> float:
+        """The end of one tensor's values; 0 where it is unknown."""
+        if self._is(node, RELUS):
+            source = node.all_input_nodes[0]
+            return 0.0 if self.adds(source) else 1.0
+        if self.adds(node):
+            ends = [self._unit_end(part) for part in node.all_input_nodes]
+            return sum(ends) if all(ends) else 0.0
+        if self.moves(node) or self._is(node, AVERAGES) or self._resizes(node) in WEIGHTED:
+            return self._unit_end(node.all_input_nodes[0])
+        if self.concatenates(node):
+            ends = [self._unit_end(part) for part in node.all_input_nodes]
+            return max(ends) if all(ends) else 0.0
+        return 0.0
+
+    def has_norm(self, path: str) -> bool:
+        """Whether a batch norm that can be folded follows every call of this layer: it takes up any gain of its weights."""
+        calls = [node for node in self.nodes if node.op == "call_module" and node.target == path]
+        return all(len(node.users) == 1 and self.folds(node, next(iter(node.users))) for node in calls)
+
+    def behind_relus(self) -> dict[fx.Node, str | None]:
+        """Every ReLU of the model -> the integer layer that it follows, directly or behind its batch norm; None for another."""
+        made = {self.end(node): str(node.target) for node in self._integer}
+        return {node: made.get(node) for node in self.nodes if self._is(node, RELUS)}
 
     def _within_six(self, node: fx.Node) -> bool:
         if self._is(node, (nn.ReLU6, F.relu6)):
@@ -309,11 +368,16 @@ class Placement:
 
     def _drop_outputs(self) -> None:
         """The model's own outputs stay in float, unless an integer operation reads them too."""
-        outputs = {value for node in self.nodes if node.op == "output" for value in node.all_input_nodes}
-        for node in reversed(self.nodes):
-            if node in outputs and self.moves(node):
-                outputs.add(node.all_input_nodes[0])
+        outputs = self.outputs()
         for node in list(self._sources):
             readers = self._readers()
             if node in outputs and not any(user in readers or (self.moves(user) and user not in outputs) for user in node.users):
                 self._sources.discard(node)
+
+    def outputs(self) -> set[fx.Node]:
+        """Every node whose value is an output of the model, as it is, moved or concatenated."""
+        found = {value for node in self.nodes if node.op == "output" for value in node.all_input_nodes}
+        for node in reversed(self.nodes):
+            if node in found and (self.moves(node) or self.concatenates(node)):
+                found.update(node.all_input_nodes)
+        return found

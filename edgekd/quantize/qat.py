@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 
 from edgekd._config import Config
 from edgekd.errors import ArtifactError, TrainingError, nearest
-from edgekd.quantize.fake_quant import BITS, Quantizer, QuantLayer, quantized_layer
+from edgekd.quantize import hybrid
+from edgekd.quantize.fake_quant import Int8Weights, Quantizer, QuantLayer, WeightScheme, quantized_layer
+from edgekd.quantize.hybrid import HybridConfig
 from edgekd.quantize.observers import Calibration, Observer, find_scale
 from edgekd.quantize.placement import LAYERS, Placement, kept_in_float, trace
 
@@ -24,6 +26,8 @@ Inputs = Tensor | tuple[Tensor, ...]
 class QuantizerConfig(Config):
     """8-bit weights, symmetric per output channel; 8-bit activations, symmetric per tensor."""
 
+    kind: Literal["int8"] = "int8"
+    """8 bits everywhere."""
     ranges: Literal["learned", "calibrated"] = "learned"
     """Activation ranges start from the calibration split; learned ones are then trained along, where anything is trained."""
     calibration: Calibration = "mse"
@@ -32,11 +36,21 @@ class QuantizerConfig(Config):
     """Of the magnitudes of an activation; what lies beyond is clipped. For calibration: percentile."""
     skip: list[str] = Field(default_factory=list)
     """Module paths of layers that stay in float; * matches anything, as in `head.*`."""
-    keep_float: list[Literal["first", "last", "depthwise"]] = Field(default_factory=list)
-    """Layers that stay in float by their place or kind: the first and the last one executed, depthwise convolutions."""
+    keep_float: list[Literal["first", "last", "outputs", "depthwise"]] = Field(default_factory=list)
+    """Layers that stay in float by their place or kind: the first and the last one executed, those that make an output of the
+    model, depthwise convolutions."""
 
 
-def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig, example: Inputs) -> fx.GraphModule:
+AnyQuantizer = QuantizerConfig | HybridConfig
+
+
+def prepare(
+    module: nn.Module,
+    taps: Mapping[str, str],
+    config: AnyQuantizer,
+    example: Inputs,
+    bits: Mapping[str, int] | None = None,
+) -> fx.GraphModule:
     """A copy of a float model with quantizers in it, not yet calibrated.
 
     Args:
@@ -44,6 +58,7 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
         taps: Role -> module path; the copy has an identity at ``taps.<role>`` for each.
         config: What is quantized, and how.
         example: An input, [B, C, H, W]; a tuple where the model takes several.
+        bits: Of each layer, with a hybrid configuration; None searches them in the model's weights.
 
     Raises:
         TrainingError: The model cannot be traced, has nothing to quantize, or gives other values when traced; or ``skip``
@@ -59,16 +74,17 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
             f"{type(module).__name__} has no convolution or linear layer to quantize", hint="remove the quantize stage"
         )
     _check_trace(traced, model, example)
-    groups = placement.quantized()
+    if isinstance(config, HybridConfig):
+        first = example if isinstance(example, Tensor) else example[0]
+        widths = dict(bits) if bits is not None else hybrid.find_bits(config, traced, placement, first)
+        groups = hybrid.groups(config, placement)
+    else:
+        widths, groups = {}, placement.quantized()
     names: dict[Any, str] = {}
     for node, group in groups.items():
         names.setdefault(group, node.name)  # a quantizer is named after the first tensor that it serves
-    traced.quantizers = nn.ModuleDict(
-        {
-            name: Quantizer(placement.signed(group), learned=config.ranges == "learned", limit=placement.limit(group))
-            for group, name in names.items()
-        }
-    )
+    schemes = {path: _scheme(config, placement, path, widths) for path in placement.layers}
+    traced.quantizers = nn.ModuleDict({name: _quantizer(config, placement, group, widths) for group, name in names.items()})
     for node, group in groups.items():
         _insert(traced, node, f"quantizers.{names[group]}")
     traced.taps = nn.ModuleDict({role: nn.Identity() for role in places})
@@ -76,11 +92,21 @@ def prepare(module: nn.Module, taps: Mapping[str, str], config: QuantizerConfig,
         followers = [user for user in node.users if str(user.target).startswith("quantizers.")]
         _insert(traced, followers[0] if followers else node, f"taps.{role}")
     for path in placement.layers:
-        traced.set_submodule(path, quantized_layer(traced.get_submodule(path)))  # type: ignore[arg-type]
+        traced.set_submodule(path, quantized_layer(traced.get_submodule(path), schemes[path]))  # type: ignore[arg-type]
     traced.graph.lint()
     traced.recompile()
     traced.meta["config"] = config.model_dump(mode="json")
     return traced.train(module.training)
+
+
+def _scheme(config: AnyQuantizer, placement: Placement, path: str, bits: Mapping[str, int]) -> WeightScheme:
+    return hybrid.scheme(config, placement, path, bits[path]) if isinstance(config, HybridConfig) else Int8Weights()
+
+
+def _quantizer(config: AnyQuantizer, placement: Placement, group: fx.Node, bits: Mapping[str, int]) -> Quantizer:
+    if isinstance(config, HybridConfig):
+        return hybrid.quantizer(config, placement, group, bits)
+    return Quantizer(placement.signed(group), learned=config.ranges == "learned", limit=placement.limit(group))
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -143,8 +169,10 @@ def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> None:
     Raises:
         TrainingError: A tensor is not finite.
     """
-    config = QuantizerConfig.model_validate(quantized.meta["config"])
-    quantizers = named_quantizers(quantized)
+    settings = read_config(quantized.meta["config"])
+    # a hybrid one learns the ranges that it does not fix
+    config = settings if isinstance(settings, QuantizerConfig) else QuantizerConfig()
+    quantizers = {name: part for name, part in named_quantizers(quantized).items() if part.end is None}
     mode = quantized.training
     quantized.eval()
     images_of = {node.name for node in quantized.graph.nodes if node.op == "placeholder"}
@@ -172,6 +200,12 @@ def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> None:
     quantized.train(mode)
 
 
+def read_config(data: Mapping[str, Any]) -> AnyQuantizer:
+    """The configuration in a plan."""
+    kind: type[AnyQuantizer] = HybridConfig if data["kind"] == "hybrid" else QuantizerConfig
+    return kind.model_validate(data)
+
+
 def named_quantizers(quantized: nn.Module) -> dict[str, Quantizer]:
     """The quantizers by name, in the order of the graph."""
     return {path.removeprefix("quantizers."): part for path, part in quantized.named_modules() if isinstance(part, Quantizer)}
@@ -181,8 +215,8 @@ def plan(quantized: fx.GraphModule) -> dict[str, Any]:
     """What :func:`rebuild` needs, as data: the configuration, and what it led to, for comparison."""
     return {
         "config": quantized.meta["config"],
-        "quantizers": {name: {"signed": part.signed, "bits": BITS} for name, part in named_quantizers(quantized).items()},
-        "layers": [row["path"] for row in layers(quantized)],
+        "quantizers": {name: {"signed": part.signed, "bits": part.bits} for name, part in named_quantizers(quantized).items()},
+        "layers": hybrid.layer_bits(quantized),
     }
 
 
@@ -192,16 +226,23 @@ def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any]
     Raises:
         ArtifactError: This edgekd places quantizers elsewhere than the one that wrote the plan.
     """
-    rebuilt = prepare(module, taps, QuantizerConfig.model_validate(plan_["config"]), example)
+    rebuilt = prepare(module, taps, read_config(plan_["config"]), example, plan_["layers"])
     if plan(rebuilt) != dict(plan_):
         raise ArtifactError("the quantization plan was written by another version of edgekd", hint="quantize again with this one")
     return rebuilt
 
 
-def layers(quantized: nn.Module) -> list[dict[str, Any]]:
+def layers(quantized: fx.GraphModule) -> list[dict[str, Any]]:
     """The quantized layers: path, weight_bits, activation_bits (of what the layer reads)."""
+    modules = dict(quantized.named_modules())
+    feeds = {}
+    for node in quantized.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], QuantLayer):
+            maker = node.all_input_nodes[0]
+            feed = modules.get(str(maker.target)) if maker.op == "call_module" else None
+            feeds[node.target] = feed.bits if isinstance(feed, Quantizer) else hybrid.FLOAT_BITS
     return [
-        {"path": path, "weight_bits": BITS, "activation_bits": BITS}
-        for path, part in quantized.named_modules()
+        {"path": path, "weight_bits": part.scheme.bits, "activation_bits": feeds[path]}
+        for path, part in modules.items()
         if isinstance(part, QuantLayer)
     ]

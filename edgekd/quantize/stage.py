@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 from edgekd._config import Config
 from edgekd.artifacts import Checkpoint
 from edgekd.data.base import Dataset
-from edgekd.data.batches import eval_batches
+from edgekd.data.batches import epoch_batches, eval_batches
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import fit
 from edgekd.errors import TrainingError
 from edgekd.nn.layers import layer_table
-from edgekd.quantize import qat
-from edgekd.quantize.fake_quant import quantized_weight
+from edgekd.quantize import hybrid, qat
+from edgekd.quantize.fake_quant import QuantLayer, output_axis
+from edgekd.quantize.hybrid import HybridConfig
 from edgekd.train.checkpoint import Loaded, build_float, load_weights, read_architecture
 from edgekd.train.optim import TrainConfig
 from edgekd.train.stage import Context, Trained
@@ -32,8 +33,10 @@ class QuantizeConfig(Config):
     """Quantization-aware training."""
 
     kind: Literal["quantize"]
-    quantizer: qat.QuantizerConfig = Field(default_factory=qat.QuantizerConfig)
-    """Bits and ranges."""
+    quantizer: Annotated[qat.QuantizerConfig | HybridConfig, Field(discriminator="kind")] = Field(
+        default_factory=qat.QuantizerConfig
+    )
+    """Bits and ranges: `kind: int8`, or `kind: hybrid` for bits per layer."""
     train: TrainConfig
     """Budget and optimizer; a tenth of the learning rate of the float training is usual."""
     method: MethodConfig | None = None
@@ -44,13 +47,13 @@ class QuantizeConfig(Config):
     """Weight of the task loss where there is a method."""
 
 
-def prepare(config: qat.QuantizerConfig, source: Loaded) -> Loaded:
+def prepare(config: qat.AnyQuantizer, source: Loaded) -> Loaded:
     """The source model with quantizers, not yet calibrated."""
     quantized = qat.prepare(source.module, source.taps, config, source.architecture.example())
     return _described(quantized, source)
 
 
-def rehearse(config: qat.QuantizerConfig, source: Loaded) -> None:
+def rehearse(config: qat.AnyQuantizer, source: Loaded) -> None:
     """Go through the stage once on noise, so that a model that cannot be quantized says so before hours of training.
 
     Raises:
@@ -82,6 +85,11 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
         teacher = context.teacher() if config.teacher == "teacher" and context.teacher is not None else twin
     loaded = prepare(config.quantizer, source)
     assert isinstance(loaded.module, fx.GraphModule)
+    evidence: dict[str, Any] = {}
+    if isinstance(config.quantizer, HybridConfig):
+        evidence["hybrid"] = hybrid.account(source.module, loaded.module, source.architecture.example())
+        count = config.quantizer.recalibration_batches
+        hybrid.recalibrate(loaded.module, recalibration_batches(context, config.train.batch_size, count))
     qat.calibrate(loaded.module, calibration_batches(context.dataset))
     history = fit(
         loaded,
@@ -93,7 +101,27 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
         teacher=teacher,
         task_weight=config.task_weight,
     )
-    return Trained(loaded, history, layers(loaded.module))
+    return Trained(loaded, history, layers(loaded.module), evidence)
+
+
+def recalibration_batches(context: Context, batch_size: int, count: int) -> Iterator[Tensor]:
+    """At most so many batches of training images, augmented as for training, in an order that the seed alone decides.
+
+    Every process gets the same whole batches, so that all take the same statistics.
+    """
+    data, left, epoch = context.dataset, count, 0
+    size = min(batch_size, len(data.train))
+    while left > 0:
+        generator = torch.Generator().manual_seed(context.seed * 1_000_003 + epoch)
+        batches = epoch_batches(
+            data.train, size, generator=generator, augment=context.augment, mean=data.mean, std=data.std, drop_last=True
+        )
+        for images, _ in batches:
+            yield images
+            left -= 1
+            if left == 0:
+                return
+        epoch += 1
 
 
 def calibration_batches(data: Dataset, most: int | None = None) -> Iterator[Tensor]:
@@ -107,13 +135,14 @@ def calibration_batches(data: Dataset, most: int | None = None) -> Iterator[Tens
 
 def layers(quantized: nn.Module) -> list[dict[str, Any]]:
     """The layer table with its bits."""
+    assert isinstance(quantized, fx.GraphModule)
     bits = {row["path"]: row for row in qat.layers(quantized)}
     rows = layer_table(quantized)
     for row in rows:
-        if row["path"] in bits:
-            weight = quantized.get_parameter(f"{row['path']}.weight").detach()
-            axis = int(isinstance(quantized.get_submodule(row["path"]), nn.ConvTranspose2d))
-            row["sparsity"] = round(float((quantized_weight(weight, axis) == 0).float().mean()), 6)  # of the codes
+        layer = quantized.get_submodule(row["path"])
+        if isinstance(layer, QuantLayer):
+            codes, _ = layer.scheme.encode(layer.weight.detach(), output_axis(layer))
+            row["sparsity"] = round(float((codes == 0).float().mean()), 6)
             row.update({key: bits[row["path"]][key] for key in ("weight_bits", "activation_bits")})
     return rows
 
