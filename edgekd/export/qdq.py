@@ -160,6 +160,7 @@ def _store_scale(quantizer: Quantizer) -> None:
 
 @torch.no_grad()
 def _unsigned(quantizer: Quantizer) -> None:
+    quantizer.unsigned = True
     if quantizer.signed:
         quantizer.zero_point = 128
     elif quantizer.finer:
@@ -224,9 +225,20 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnx_ir as ir
     from onnxscript import opset18 as op
 
-    def quantize_dequantize(values: Any, scale: Any, zero_point: int, low: int, high: int) -> Any:  # noqa: ARG001
-        dtype = np.uint8 if high + zero_point > 127 else np.int8
-        zero = op.Constant(value=ir.tensor(np.array(zero_point, dtype)))
+    def constant(value: Any) -> Any:
+        return op.Constant(value=ir.tensor(value))
+
+    def quantize_dequantize(values: Any, scale: Any, zero_point: int, low: int, high: int, unsigned: bool = False) -> Any:
+        dtype = np.uint8 if unsigned else np.int8
+        zero = constant(np.array(zero_point, dtype))
+        low, high = low + zero_point, high + zero_point
+        limits = np.iinfo(dtype)
+        narrow = high < limits.max or low > max(limits.min, 0)
+        if narrow and unsigned:  # behind QuantizeLinear: ONNX Runtime then still makes one integer kernel of what is before it
+            codes = op.Clip(op.QuantizeLinear(values, scale, zero), constant(dtype(low)), constant(dtype(high)))
+            return op.DequantizeLinear(codes, scale, zero)
+        if narrow:  # TensorRT takes no limits of codes
+            values = op.Clip(values, op.Mul(scale, constant(np.float32(low))), op.Mul(scale, constant(np.float32(high))))
         return op.DequantizeLinear(op.QuantizeLinear(values, scale, zero), scale, zero)
 
     def dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:

@@ -95,7 +95,7 @@ def cut(model: Any, tensors: Sequence[Trained]) -> Cut:
     grids, where, wide = [], [], []
     makers = {name: node for node in graph.node for name in node.output}
     del graph.output[:]
-    for index, (node, trained) in enumerate(zip(quantizers, tensors, strict=True)):
+    for index, ((node, last), trained) in enumerate(zip(quantizers, tensors, strict=True)):
         scale, zero = float(constants[node.input[1]]), constants[node.input[2]]
         maker = makers.get(node.input[0])
         pads = constants.get(maker.input[1]) if maker is not None and maker.op_type == "Pad" else None
@@ -108,10 +108,10 @@ def cut(model: Any, tensors: Sequence[Trained]) -> Cut:
                 f"what {path} makes is on another grid: a step of {scale:.6g} in the file, {tensor.scale:.6g} trained"
             )
         codes = (codes + int(zero)).astype(zero.dtype)
-        made, given, kind = node.output[0], f"in{index}", onnx.helper.np_dtype_to_tensor_dtype(codes.dtype)
+        made, given, kind = last.output[0], f"in{index}", onnx.helper.np_dtype_to_tensor_dtype(codes.dtype)
         for user in graph.node:
             user.input[:] = [given if name == made else name for name in user.input]
-        node.output[0] = f"out{index}"
+        last.output[0] = f"out{index}"
         graph.input.append(onnx.helper.make_tensor_value_info(given, kind, codes.shape))
         graph.output.append(onnx.helper.make_tensor_value_info(f"out{index}", kind, codes.shape))
         feeds[given] = codes
@@ -122,14 +122,19 @@ def cut(model: Any, tensors: Sequence[Trained]) -> Cut:
     return Cut(model, feeds, grids, where, wide)
 
 
-def _in_order(graph: Any) -> list[Any]:
-    """The QuantizeLinear nodes as torch executes them: the exporter numbers what it makes of each, and onnxslim moves nodes."""
-    numbers = {}
+def _in_order(graph: Any) -> list[tuple[Any, Any]]:
+    """The QuantizeLinear nodes as torch executes them, each with the node that makes its final codes: itself, or a Clip of codes.
+
+    The exporter numbers what it makes of each quantizer, and onnxslim moves nodes.
+    """
+    numbers, clips = {}, {}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.output[0].startswith("fake_quantize"):
             numbers[node.input[0]] = int(node.output[0].removeprefix("fake_quantize").removeprefix("_") or 0)
-    found = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    return sorted(found, key=lambda node: numbers[node.output[0]])
+        elif node.op_type == "Clip":
+            clips[node.input[0]] = node
+    found = [(node, clips.get(node.output[0], node)) for node in graph.node if node.op_type == "QuantizeLinear"]
+    return sorted(found, key=lambda pair: numbers[pair[1].output[0]])
 
 
 def differences(parts: Cut, outputs: Mapping[str, Array]) -> list[Array]:

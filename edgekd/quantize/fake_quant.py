@@ -26,7 +26,14 @@ SMALLEST_SCALE = 2.0**-24
 
 
 @torch.library.custom_op("edgekd::fake_quantize", mutates_args=())
-def fake_quantize(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:  # noqa: ARG001  for the export
+def fake_quantize(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: int,  # noqa: ARG001  for the export
+    low: int,
+    high: int,
+    unsigned: bool = False,  # noqa: ARG001, FBT001, FBT002  for the export
+) -> Tensor:
     """``scale * clamp(round(values / scale), low, high)``, ties to even.
 
     Args:
@@ -35,6 +42,7 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: int, low: int, high
         zero_point: What is added to the codes where they are stored; it changes no value.
         low: Smallest code before the zero point is added.
         high: Largest code.
+        unsigned: Whether codes are stored as uint8; it changes no value either.
     """
     if scale.ndim:
         zeros = torch.zeros_like(scale, dtype=torch.int32)
@@ -43,16 +51,16 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: int, low: int, high
 
 
 @fake_quantize.register_fake
-def _(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:  # noqa: ARG001  the operator's signature
+def _(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int, unsigned: bool = False) -> Tensor:  # noqa: ARG001, FBT001, FBT002
     return torch.empty_like(values)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, int], output: Tensor) -> None:
-    values, scale, _, ctx.low, ctx.high = inputs
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, int, bool], output: Tensor) -> None:
+    values, scale, _, ctx.low, ctx.high, _ = inputs
     ctx.save_for_backward(values, scale, output)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
     values, scale, output = ctx.saved_tensors
     step = scale.view(-1, *[1] * (values.ndim - 1)) if scale.ndim else scale
     # half a step beyond the last code still rounds to it; LSQ's clamp is at the code itself
@@ -63,7 +71,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, 
         # not values * inside: an infinite value outside would give 0 * inf
         share = gradient * (output - torch.where(inside, values, 0)) / step
         to_scale = share.flatten(1).sum(1) if scale.ndim else share.sum()
-    return to_values, to_scale, None, None, None
+    return to_values, to_scale, None, None, None, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_keep)
@@ -100,7 +108,7 @@ class Quantizer(nn.Module):
         self.signed, self.bits, self.end = signed, bits, end
         self.low = -(2 ** (bits - 1)) if signed else 0
         self.high = 2 ** (bits - 1) - 1 if signed or (bits == BITS and not whole) else 2**bits - 1
-        self.zero_point = 0
+        self.zero_point, self.unsigned = 0, False
         self.limit = limit if end is None else None
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned and end is None)
         if end is not None:
@@ -127,7 +135,7 @@ class Quantizer(nn.Module):
         if self.training and self.log_scale.requires_grad:
             # of one image: the gradient then is the same however a batch is shared out
             scale = _scaled_gradient(scale, (values[0].numel() * self.high) ** -0.5)
-        return fake_quantize(values.float(), scale, self.zero_point, self.low, self.high).to(values.dtype)
+        return fake_quantize(values.float(), scale, self.zero_point, self.low, self.high, self.unsigned).to(values.dtype)
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgekd.report import charts, facts, units, views
+from edgekd.report import bits, charts, facts, units, views
 
 TEMPLATE = "report.html.j2"
 
@@ -28,6 +28,7 @@ def render(report: dict[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(
         report=report,
         views=views,
+        bits=bits,
         facts_of=facts,
         cards=cards(report),
         colors=charts.COLORS,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from edgekd.report import facts, units, views
+from edgekd.report import bits, facts, units, views
 from edgekd.report.views import Table
 
 
@@ -41,6 +41,10 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
         yield f"{escape(views.ladder_line(ladder))}\n"
         if ranking := views.ladder_ranking(ladder):
             yield table(ranking)
+    if report["bits"]:
+        yield from _section("Hybrid bits", bits.costs(report["bits"]))
+        yield f"{escape(bits.STATEMENT)}\n"
+        yield table(bits.layers(report["bits"]))
     yield from _section("Layers of the compressed student", views.layers(report))
     yield from _section("Parity", views.parity(report))
     yield from _section("Machine", facts.environment(report))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgekd.report import answer, measured, units
+from edgekd.report import answer, bits, measured, units
 from edgekd.report.files import Files, read_run
 
 SCHEMA = 1
@@ -47,6 +47,7 @@ def build(root: Path) -> dict[str, Any]:
         "training": training,
         "layers": layers,
         "ladders": _ladders(run["models"], files),
+        "bits": bits.build(run["models"], engines, files),
         "parity": parity,
         "skipped": _skipped(run, engines, files),
         "warnings": _warnings(run, engines, comparisons, files),
@@ -82,7 +83,7 @@ def _model(model: dict[str, Any], files: Files) -> dict[str, Any] | None:
     if not {"params", "macs", "metric"} <= metrics.keys():
         files.damage[artifact.folder.name] = "its manifest lacks params, macs or metric"
         return None
-    bits = sorted({(row.get("weight_bits"), row.get("activation_bits")) for row in metrics.get("layers") or []}, key=str)
+    pairs = sorted({(row.get("weight_bits"), row.get("activation_bits")) for row in metrics.get("layers") or []}, key=str)
     return {
         "role": model.get("role", artifact.role),
         "stage": model.get("stage", artifact.stage),
@@ -93,7 +94,7 @@ def _model(model: dict[str, Any], files: Files) -> dict[str, Any] | None:
         "val_metric": metrics.get("val_metric"),
         "epochs": metrics.get("epochs"),
         "seconds": artifact.seconds,
-        "bits": [{"weight": weight, "activation": activation} for weight, activation in bits],
+        "bits": [{"weight": weight, "activation": activation} for weight, activation in pairs],
         "folder": artifact.folder.name,
     }
 

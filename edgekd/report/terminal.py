@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from edgekd.report import units, views
+from edgekd.report import bits, units, views
 from edgekd.report.views import Table
 
 WIDTH = 110
@@ -32,6 +32,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     for ladder in report["ladders"]:
         yield from _section("precision ladder", views.ladder(ladder))
         yield from _wrapped(views.ladder_line(ladder), "  ", "  ")
+    if report["bits"]:
+        yield from _section("hybrid bits", bits.costs(report["bits"]))
+        yield from _wrapped(bits.STATEMENT, "  ", "  ")
     if line := views.budget_line(report):
         yield ""
         yield line

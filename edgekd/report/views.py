@@ -170,7 +170,8 @@ def bits(pairs: list[dict[str, Any]]) -> str:
 def precision_share(engine: dict[str, Any]) -> str:
     """Which share of the multiply-accumulates the built engine runs in its precision, as its library says."""
     rows = (engine["audit"] or {}).get("layers") or []
-    got = sum(row["macs"] for row in rows if row["got"] == engine["precision"] and not row.get("elsewhere"))
+    runs = "float32" if engine["precision"] == "hybrid" else engine["precision"]  # hybrid bits in float operations
+    got = sum(row["macs"] for row in rows if row["got"] == runs and not row.get("elsewhere"))
     total = sum(row["macs"] for row in rows)
     return f"{100 * got / total:.0f} %" if total else units.NONE
 
