@@ -215,9 +215,7 @@ class Deployment:
         def fill(folder: Path) -> dict[str, Any]:
             self.display.say(f"building {entry.backend.name} {precision} ({role})")
             start = time.monotonic()
-            result = self._job(
-                BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=runs, out=str(folder))
-            )
+            result = self._job(BuildJob(model=str(onnx.file("model.onnx")), backend=options, precision=runs, out=str(folder)))
             size = sum(path.stat().st_size for path in folder.iterdir() if path.name in result.payload["files"])
             return {
                 "size_bytes": size,

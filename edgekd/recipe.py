@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
-from torch import nn
 
 from edgekd import data as data_kinds
 from edgekd import models
@@ -38,6 +37,8 @@ from edgekd.quantize.hybrid import HybridConfig
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
 from edgekd.tasks import TaskConfig
+from edgekd.train.checkpoint import Architecture
+from edgekd.train.checkpoint import Loaded as Shell
 from edgekd.train.hardware import ComputeConfig
 from edgekd.train.optim import TrainConfig
 from edgekd.train.stage import FinetuneConfig
@@ -45,8 +46,6 @@ from edgekd.train.stage import FinetuneConfig
 StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig | PtqConfig, Field(discriminator="kind")]
 Role = Literal["teacher", "student_alone", "student"]
 Precision = Literal["float32", "float16", "int8", "hybrid"]
-Built = tuple[nn.Module, dict[str, str]]
-"""A model and its taps."""
 
 
 class TeacherConfig(Config):
@@ -69,8 +68,8 @@ class DeployConfig(Config):
     backend: Annotated[BackendOptions, Field(discriminator="name")]
     """How engines are built and run, with all its options."""
     precision: list[Precision] = Field(min_length=1)
-    """float32 is the last float model; int8 needs a stage that quantizes: quantize or ptq; hybrid needs one with `quantizer: {kind:
-    hybrid}`, and computes what was trained in float operations: it shows what the bits cost, and saves no time."""
+    """float32 is the last float model; int8 needs a stage that quantizes: quantize or ptq; hybrid needs one with `quantizer:
+    {kind: hybrid}`, and computes what was trained in float operations: it shows what the bits cost, and saves no time."""
     models: list[Role] = Field(default=["student"], min_length=1)
     """Whose engines; the teacher and the student trained alone are float32 only."""
     target: Literal["local"] = "local"
@@ -254,8 +253,7 @@ def _check_order(recipe: Recipe) -> list[Problem]:
 
 def _check_deploy(recipe: Recipe) -> list[Problem]:
     problems = []
-    quantized = any(isinstance(stage, QuantizeConfig | PtqConfig) for stage in recipe.stages)
-    hybrid = any(isinstance(stage, QuantizeConfig) and isinstance(stage.quantizer, HybridConfig) for stage in recipe.stages)
+    lacks = _not_quantized(recipe)
     for number, entry in enumerate(recipe.deploy):
         if recipe.export.batch not in (None, entry.batch):
             problems.append(
@@ -267,25 +265,10 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
             )
         for index, precision in enumerate(entry.precision):
             path: Path_ = ("deploy", number, "precision", index)
-            reason = entry.backend.unsupported(PRECISIONS.get(precision, precision))
-            if reason:
+            if (reason := entry.backend.unsupported(PRECISIONS.get(precision, precision))) is not None:
                 problems.append(Problem(path, reason, "remove it here, or change the backend's options"))
-            elif precision == "int8" and not quantized:
-                problems.append(
-                    Problem(
-                        path,
-                        "int8 needs a quantized student, and no stage quantizes it",
-                        "add a quantize or a ptq stage, or deploy float32",
-                    )
-                )
-            elif precision == "hybrid" and not hybrid:
-                problems.append(
-                    Problem(
-                        path,
-                        "hybrid needs a student with hybrid bits, and no stage gives it any",
-                        "add a quantize stage with `quantizer: {kind: hybrid}`, or remove it here",
-                    )
-                )
+            elif precision in lacks:
+                problems.append(Problem(path, *lacks[precision]))
             if precision in entry.precision[:index]:
                 problems.append(Problem(path, f"{precision} is given twice", "remove one of the two"))
         for index, role in enumerate(entry.models):
@@ -305,6 +288,26 @@ def _check_deploy(recipe: Recipe) -> list[Problem]:
                     )
                 )
     return problems
+
+
+def _not_quantized(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Precisions for which no stage makes a student -> what to say, and the hint."""
+    lacks = {
+        "int8": (
+            "int8 needs a quantized student, and no stage quantizes it",
+            "add a quantize or a ptq stage, or deploy float32",
+        ),
+        "hybrid": (
+            "hybrid needs a student with hybrid bits, and no stage gives it any",
+            "add a quantize stage with `quantizer: {kind: hybrid}`, or remove it here",
+        ),
+    }
+    for stage in recipe.stages:
+        if isinstance(stage, QuantizeConfig | PtqConfig):
+            lacks.pop("int8", None)
+        if isinstance(stage, QuantizeConfig) and isinstance(stage.quantizer, HybridConfig):
+            lacks.pop("hybrid", None)
+    return lacks
 
 
 def _check_budget(recipe: Recipe) -> list[Problem]:
@@ -376,6 +379,8 @@ def smoke(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
+EXAMPLE_PX = 64
+"""Side of the images for which models are looked at before the data is read."""
 SMOKE_BATCH = 16
 
 
@@ -433,7 +438,7 @@ def _check_weights(loaded: Loaded) -> list[Problem]:
 
 def _check_models(recipe: Recipe) -> list[Problem]:
     """Build the models without weights: their arguments fit, their taps exist, and methods find the taps that they ask for."""
-    built: dict[str, Built] = {}
+    built: dict[str, Shell] = {}
     problems: list[Problem] = []
     for owner, config in _owners(recipe).items():
         found = _build(owner, config, getattr(recipe.data, "channels", 3))
@@ -450,7 +455,7 @@ def _check_models(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _build(owner: str, config: ModelConfig, channels: int) -> Built | Problem:
+def _build(owner: str, config: ModelConfig, channels: int) -> Shell | Problem:
     """The model on no device: shapes only, so neither memory nor time."""
     where = "call" if config.call else "arguments" if config.arguments else "name"
     try:
@@ -458,16 +463,18 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Built | Problem:
             # The number of classes is the data's, which is not read yet; taps do not depend on it.
             module = models.build(config, num_classes=10, in_channels=channels)
         where = "taps"
-        return module, models.taps(config, module)
+        # nor is their size: methods ask for channels only
+        shape = Architecture(config.model_dump(mode="json"), 10, channels, EXAMPLE_PX, EXAMPLE_PX)
+        return Shell(module, models.taps(config, module), shape)
     except EdgekdError as error:
         return Problem((owner, "model", where), error.message, error.hint)
 
 
-def _check_method(method: MethodConfig, student: Built, teacher: Built) -> None:
+def _check_method(method: MethodConfig, student: Shell, teacher: Shell) -> None:
     with shapes_only():
-        distiller = method.build(student[0], teacher[0])
-    resolve(distiller.student_taps, student[1])
-    resolve(distiller.teacher_taps, teacher[1])
+        distiller = method.build(student, teacher)
+    resolve(distiller.student_taps, student.taps)
+    resolve(distiller.teacher_taps, teacher.taps)
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,13 +1,20 @@
-"""The distillation methods. A new one is its own file, one import and one member of ``METHODS``."""
+"""The distillation methods. A new one is its own file, one import, and one member of the union and of ``METHODS``."""
 
 from typing import Annotated
 
 from pydantic import Field
 
 from edgekd._config import Config
+from edgekd.distill.afd import AfdConfig
+from edgekd.distill.hcl import HclConfig
 from edgekd.distill.logits import LogitsConfig
+from edgekd.distill.ost import OstConfig
+from edgekd.distill.raw_output import RawOutputConfig
+from edgekd.distill.scrm import ScrmConfig
 
-METHODS: tuple[type[Config], ...] = (LogitsConfig,)
+METHODS: tuple[type[Config], ...] = (LogitsConfig, RawOutputConfig, OstConfig, AfdConfig, ScrmConfig, HclConfig)
 
-# With the second method this becomes a union: LogitsConfig | SecondConfig, discriminated by ``name``.
-MethodConfig = Annotated[LogitsConfig, Field()]
+MethodConfig = Annotated[
+    LogitsConfig | RawOutputConfig | OstConfig | AfdConfig | ScrmConfig | HclConfig, Field(discriminator="name")
+]
+"""What a distillation method is."""

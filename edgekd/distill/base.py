@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from edgekd.errors import RecipeError, nearest
+from edgekd.nn.taps import tap_shapes
+from edgekd.train.checkpoint import Loaded
 from edgekd.train.step import StepInputs, TrainState, train_step
 
 
@@ -28,6 +31,54 @@ class Distiller(nn.Module):
         """Named scalars, already weighted. The loop adds the task loss as the term ``task``."""
         raise NotImplementedError(f"{type(self).__name__} has no losses")
 
+    def statistics(self) -> dict[str, float]:
+        """What is worth knowing of the method's own parts after the last epoch: name -> value. Nothing by default."""
+        return {}
+
     def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
         """One optimizer step; adversarial, data-free and online methods replace it whole."""
         return train_step(state, images, labels)
+
+
+def map_channels(
+    student: Loaded, teacher: Loaded, layers: list[str] | None, *, method: str, last: int | None = None
+) -> dict[str, tuple[int, int]]:
+    """The maps that a method compares one to one: role -> channels in the student and in the teacher, in the order of execution.
+
+    Args:
+        student: Gives the roles and the order.
+        teacher: Must have the same roles.
+        layers: The roles; None takes every map [B, C, H, W] that both have, each place once, heads left out.
+        method: Its name, for messages.
+        last: With ``layers`` None, only so many of the last ones.
+
+    Raises:
+        RecipeError: A role is missing, is no map, or there is none.
+    """
+    shared = [role for role in student.taps if role in teacher.taps and not role.startswith("head")]
+    for role in layers or ():
+        for owner, loaded in (("student", student), ("teacher", teacher)):
+            if role not in loaded.taps:
+                raise RecipeError(
+                    f"{method}.layers: the {owner} has no tap {role!r}{nearest(role, list(loaded.taps))}",
+                    hint=f"taps of both: {', '.join(shared) or 'none'}",
+                )
+    roles = list(layers) if layers is not None else shared
+    ours = tap_shapes(student.module, {role: student.taps[role] for role in roles}, student.architecture.example())
+    theirs = tap_shapes(teacher.module, {role: teacher.taps[role] for role in roles}, teacher.architecture.example())
+    found: dict[str, tuple[int, int]] = {}
+    places: set[str] = set()
+    for role, shape in ours.items():
+        if len(shape) != 4 or len(theirs[role]) != 4:
+            if layers is not None:
+                raise RecipeError(f"{method}.layers: {role!r} is no map [B, C, H, W]: {list(shape)}", hint="leave it out")
+        elif layers is not None or student.taps[role] not in places:
+            found[role] = (shape[1], theirs[role][1])
+            places.add(student.taps[role])
+    if not found:
+        raise RecipeError(
+            f"{method}: student and teacher have no map in common; their taps: {', '.join(student.taps) or 'none'}; "
+            f"{', '.join(teacher.taps) or 'none'}",
+            hint="give both models the same roles with the models' taps",
+        )
+    return dict(list(found.items())[-last:]) if layers is None and last is not None else found

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.distill.base import Distiller
+from edgekd.train.checkpoint import Loaded
 from edgekd.train.step import StepInputs
 
 
@@ -31,7 +32,7 @@ class LogitsConfig(Config):
     weight: float = Field(0.9, ge=0, le=1000)
     """Weight of the distillation term; the stage's task_weight is the other one."""
 
-    def build(self, student: nn.Module, teacher: nn.Module) -> LogitsDistiller:  # noqa: ARG002
+    def build(self, student: Loaded, teacher: Loaded) -> LogitsDistiller:  # noqa: ARG002
         """The Distiller; it needs no adapters, so it looks at neither model."""
         return LogitsDistiller(self)
 

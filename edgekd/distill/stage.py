@@ -46,9 +46,9 @@ def fit(
     if method is None or teacher is None:
         return train(student=student.module, objective=TaskOnly(), config=config, setting=setting)
     torch.manual_seed(context.seed + 1)  # the method's own layers: not the stream that made the student
-    distiller = method.build(student.module, teacher.module)
+    distiller = method.build(student, teacher)
     distiller.prepare(student.module, teacher.module, setting)
-    return train(
+    history = train(
         student=student.module,
         objective=distiller,
         config=config,
@@ -58,6 +58,9 @@ def fit(
         teacher_taps=teacher.taps,
         task_weight=task_weight,
     )
+    if history and (found := distiller.statistics()):
+        history[-1]["statistics"] = found
+    return history
 
 
 def run(config: DistillConfig, source: Loaded, context: Context, *, title: str, work: Path) -> Trained:

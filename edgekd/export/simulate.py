@@ -1,7 +1,7 @@
 """A quantized model in plain float operations, so that any engine computes what was trained, at any number of bits.
 
-Weights hold the values that their codes stand for; a quantizer is a division, a rounding (ties to even, as ONNX and torch do), a clip
-and a multiplication. Nothing runs on integers: it shows what the bits cost in accuracy, not what they save.
+Weights hold the values that their codes stand for; a quantizer is a division, a rounding (ties to even, as ONNX and torch do), a
+clip and a multiplication. Nothing runs on integers: it shows what the bits cost in accuracy, not what they save.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """SuperYOLO's detector without its Focus layer: YOLOv5-s with ReLU, whose first convolution keeps the full resolution.
 
 Zhang et al.: SuperYOLO: Super Resolution Assisted Object Detection in Multimodal Remote Sensing Imagery. IEEE TGRS 2023, arXiv
-2209.13351; in the form of GHOST (IEEE TGRS 2023, arXiv 2301.00131; icey-zhang/GHOST). Strides are 4, 8 and 16. Every convolution is
-Conv (no bias), BatchNorm, ReLU. The small net, for images of small objects, ends after block 17 and has one head.
+2209.13351; in the form of GHOST (IEEE TGRS 2023, arXiv 2301.00131; icey-zhang/GHOST). Strides are 4, 8 and 16. Every convolution
+is Conv (no bias), BatchNorm, ReLU. The small net, for images of small objects, ends after block 17 and has one head.
 
-Differs from the official code: ``width`` and ``depth`` scale the net down, 1.0 being the published one; the super-resolution branch of
-the first training phase is not here.
+Differs from the official code: ``width`` and ``depth`` scale the net down, 1.0 being the published one; the super-resolution
+branch of the first training phase is not here.
 
 Shape letters: B images, A anchors of a head, O = 5 + classes, H rows, W columns.
 """
@@ -162,7 +162,7 @@ class SuperYOLO(nn.Module):
 
     @torch.no_grad()
     def _bias(self, head: nn.Module, stride: int, num_classes: int) -> None:
-        """Begin with few objects per image of 640 pixels and with equally likely classes (RetinaNet's prior, as YOLOv5 sets it)."""
+        """Begin with few objects per image of 640 pixels and equally likely classes, as YOLOv5 does."""
         bias = head.get_parameter("bias").view(ANCHORS, self.outputs)
         bias[:, 4] += math.log(8 / (640 / stride) ** 2)
         bias[:, 5:] += math.log(0.6 / (max(num_classes, 2) - 0.99))

@@ -6,10 +6,12 @@ a module path with ``@input`` (``fc@input``), meaning its first positional argum
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgekd.errors import RecipeError, nearest
@@ -82,6 +84,23 @@ def capture(model: nn.Module, wanted: Mapping[str, str]) -> Iterator[dict[str, T
                 handle = module.register_forward_hook(_store_output(captured, role, place))
             hooks.callback(handle.remove)
         yield captured
+
+
+def tap_shapes(model: nn.Module, wanted: Mapping[str, str], example: Tensor) -> dict[str, tuple[int, ...]]:
+    """Role -> shape of the tensor at its place, in the order of execution; nothing is computed.
+
+    Args:
+        model: Left as it is.
+        wanted: Role -> place.
+        example: An input, [B, C, H, W]; only its shape counts.
+
+    Raises:
+        RecipeError: As :func:`capture`.
+    """
+    shell = copy.deepcopy(model).to("meta").eval()
+    with torch.no_grad(), capture(shell, wanted) as found:
+        shell(torch.empty(example.shape, device="meta"))
+    return {role: tuple(tensor.shape) for role, tensor in found.items()}
 
 
 def _store_output(captured: dict[str, Tensor], role: str, place: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -7,9 +7,9 @@ Zhang et al.: Guided Hybrid Quantization for Object Detection in Remote Sensing 
 
 and the layer gets the smallest k with D_k below the threshold tau, kept between k_min and k_max.
 
-Differs from the official code: its k-means starts at random without a seed; ours is deterministic, a Lloyd iteration on sorted weights
-from segments that were split where they cost most. For n weights with standard deviation s, D_k is about 2.7e6 s^2 4^-k: twice as
-large weights get one bit more. ``normalised`` divides them by their largest magnitude first (our option).
+Differs from the official code: its k-means starts at random without a seed; ours is deterministic, a Lloyd iteration on sorted
+weights from segments that were split where they cost most. For n weights with standard deviation s, D_k is about 2.7e6 s^2 4^-k:
+twice as large weights get one bit more. ``normalised`` divides them by their largest magnitude first (our option).
 """
 
 from __future__ import annotations
@@ -174,13 +174,11 @@ def meet_budget(distortions: Distortions, cost: Cost, limit: float, *, k_min: in
     return plan(thresholds[first])
 
 
-def fastest_within(
-    distortions: Distortions, cost: Cost, limit: float, *, k_min: int, k_max: int, name: str
-) -> dict[str, int]:
+def fastest_within(distortions: Distortions, cost: Cost, limit: float, *, k_min: int, k_max: int, name: str) -> dict[str, int]:
     """Bits per layer under a cost that is measured per layer, such as an engine's latency: greedy, from ``k_max`` down.
 
-    Again and again the layer loses bits whose error grows least for what the step saves; steps that save nothing are not taken, so
-    bits that no engine executes faster are kept.
+    Again and again the layer loses bits whose error grows least for what the step saves; steps that save nothing are not taken,
+    so bits that no engine executes faster are kept.
 
     Args:
         distortions: Of all layers.

@@ -1,18 +1,18 @@
 """What bits cost on paper: the size of the weights, and bit operations.
 
 Zhang et al.: Guided Hybrid Quantization for Object Detection in Remote Sensing Imagery via One-to-One Self-Teaching. IEEE TGRS
-2023, arXiv 2301.00131; official code: icey-zhang/GHOST. With P parameters, O multiply-accumulates of one image (and one addition per
-output value where there is a bias) and k bits of layer i:
+2023, arXiv 2301.00131; official code: icey-zhang/GHOST. With P parameters, O multiply-accumulates of one image (and one addition
+per output value where there is a bias) and k bits of layer i:
 
     size  sum P_i k_i / 8 bytes        bit operations  sum O_i k_i b_i
 
-b_i are the bits of what layer i reads: 32 for the image. Layers in float count 32 on both sides. Batch norms, activations and scales do
-not count.
+b_i are the bits of what layer i reads: 32 for the image. Layers in float count 32 on both sides. Batch norms, activations and
+scales do not count.
 
-:func:`bops_dataflow` takes for b_i the bits of the layers whose results really arrive there: the largest of them where maps are added or
-joined. :func:`bops_paper` and :func:`size_paper_bytes` count as the published script does, two mistakes included: b_i is the bits of
-the layer before in the list, whatever it reads; and for the h float layers at the end of the list it adds, at 32 bits, the entries
-that begin h - 1 too early. They are for comparison with published numbers only.
+:func:`bops_dataflow` takes for b_i the bits of the layers whose results really arrive there: the largest of them where maps are
+added or joined. :func:`bops_paper` and :func:`size_paper_bytes` count as the published script does, two mistakes included: b_i is
+the bits of the layer before in the list, whatever it reads; and for the h float layers at the end of the list it adds, at 32
+bits, the entries that begin h - 1 too early. They are for comparison with published numbers only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DoReFa's quantizers of weights and activations, as GHOST uses them.
 
-Zhou et al.: DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients. arXiv 1606.06160. Zhang et
-al.: Guided Hybrid Quantization for Object Detection in Remote Sensing Imagery via One-to-One Self-Teaching. IEEE TGRS 2023, arXiv
-2301.00131; official code: icey-zhang/GHOST, whose numbers these functions give. Written from the equations.
+Zhou et al.: DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients. arXiv 1606.06160. Zhang
+et al.: Guided Hybrid Quantization for Object Detection in Remote Sensing Imagery via One-to-One Self-Teaching. IEEE TGRS 2023,
+arXiv 2301.00131; official code: icey-zhang/GHOST, whose numbers these functions give. Written from the equations.
 
 With k bits, N = 2^k - 1 and R rounding to the nearest integer, ties to even:
 
@@ -25,7 +25,7 @@ INT8_LEVELS = 2 * 127
 
 def straight_through(value: Tensor, gradient_of: Tensor) -> Tensor:
     """``value``, exactly, with the gradient of ``gradient_of``."""
-    return _StraightThrough.apply(value, gradient_of)  # type: ignore[no-any-return,no-untyped-call]
+    return _StraightThrough.apply(value, gradient_of)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -89,13 +89,11 @@ def activations(values: Tensor, bits: int) -> Tensor:
     return values if bits == FLOAT else uniform(values.clamp(0, 1), bits)
 
 
-def weight_codes(
-    weight: Tensor, bits: int, *, restore_scale: bool = False, levels: int | None = None
-) -> tuple[Tensor, Tensor]:
+def weight_codes(weight: Tensor, bits: int, *, restore_scale: bool = False, levels: int | None = None) -> tuple[Tensor, Tensor]:
     """Integers and their step: W_q = codes * step, up to float32.
 
-    With N odd (the usual 2^k - 1) the codes are the odd integers 2q - N in -N..N: up to 7 bits they fit int8. 8 bits with 256 levels
-    do not, and are rounded to the nearest of -127..127, at most half a step of those away.
+    With N odd (the usual 2^k - 1) the codes are the odd integers 2q - N in -N..N: up to 7 bits they fit int8. 8 bits with 256
+    levels do not, and are rounded to the nearest of -127..127, at most half a step of those away.
 
     Args:
         weight: Any shape.

@@ -32,7 +32,7 @@ def fake_quantize(
     zero_point: int,  # noqa: ARG001  for the export
     low: int,
     high: int,
-    unsigned: bool = False,  # noqa: ARG001, FBT001, FBT002  for the export
+    unsigned: bool = False,  # noqa: ARG001  for the export
 ) -> Tensor:
     """``scale * clamp(round(values / scale), low, high)``, ties to even.
 
@@ -51,7 +51,7 @@ def fake_quantize(
 
 
 @fake_quantize.register_fake
-def _(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int, unsigned: bool = False) -> Tensor:  # noqa: ARG001, FBT001, FBT002
+def _(values: Tensor, scale: Tensor, zero_point: int, low: int, high: int, unsigned: bool = False) -> Tensor:  # noqa: ARG001
     return torch.empty_like(values)
 
 
@@ -80,9 +80,9 @@ fake_quantize.register_autograd(_backward, setup_context=_keep)
 class Quantizer(nn.Module):
     """Quantizes an activation with one scale; the same module may serve several tensors that must share it.
 
-    With 8 bits, codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is negative.
-    An encoding for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one. With k < 8 bits
-    they are -2^(k-1)..2^(k-1)-1, or all of 0..2^k-1.
+    With 8 bits, codes are those of a signed symmetric int8, which every engine has: -128..127, or 0..127 where no value is
+    negative. An encoding for an engine with unsigned codes may use a finer grid (edgekd.export.qdq), never a coarser one. With k
+    < 8 bits they are -2^(k-1)..2^(k-1)-1, or all of 0..2^k-1.
 
     Args:
         signed: Whether values may be negative.

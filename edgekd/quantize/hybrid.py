@@ -182,7 +182,9 @@ def recalibrate(quantized: nn.Module, batches: Iterable[Tensor]) -> int:
     Returns:
         How many batches there were.
     """
-    norms = [part for part in quantized.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats]
+    norms = [
+        part for part in quantized.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats
+    ]
     aside = [part for part in quantized.modules() if isinstance(part, Quantizer) and part.end is None]
     momenta, mode, count = [norm.momentum for norm in norms], quantized.training, 0
     quantized.train()

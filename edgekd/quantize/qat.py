@@ -232,8 +232,9 @@ def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any]
     return rebuilt
 
 
-def layers(quantized: fx.GraphModule) -> list[dict[str, Any]]:
+def layers(quantized: nn.Module) -> list[dict[str, Any]]:
     """The quantized layers: path, weight_bits, activation_bits (of what the layer reads)."""
+    assert isinstance(quantized, fx.GraphModule)  # prepare makes nothing else
     modules = dict(quantized.named_modules())
     feeds = {}
     for node in quantized.graph.nodes:

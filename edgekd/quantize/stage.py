@@ -135,7 +135,6 @@ def calibration_batches(data: Dataset, most: int | None = None) -> Iterator[Tens
 
 def layers(quantized: nn.Module) -> list[dict[str, Any]]:
     """The layer table with its bits."""
-    assert isinstance(quantized, fx.GraphModule)
     bits = {row["path"]: row for row in qat.layers(quantized)}
     rows = layer_table(quantized)
     for row in rows:

@@ -28,9 +28,7 @@ def build(models: list[dict[str, Any]], engines: list[dict[str, Any]], files: Fi
     if artifact is None:
         return None
     integer = [engine for engine in engines if engine["role"] == "student" and engine["precision"] == "int8" and engine["audit"]]
-    executed = {
-        engine["title"]: {row["path"]: row["got"] for row in engine["audit"].get("layers") or []} for engine in integer
-    }
+    executed = {engine["title"]: {row["path"]: row["got"] for row in engine["audit"].get("layers") or []} for engine in integer}
     return {
         "account": artifact.metrics["hybrid"],
         "layers": [

@@ -16,6 +16,7 @@ from edgekd import models
 from edgekd.distill import METHODS
 from edgekd.errors import RecipeError
 from edgekd.models import ModelConfig
+from edgekd.train.checkpoint import Architecture, Loaded
 from edgekd.train.hardware import ComputeConfig
 from edgekd.train.loop import train
 from edgekd.train.optim import TrainConfig
@@ -32,6 +33,10 @@ def name_of(config):
 EVERY = pytest.mark.parametrize("method", METHODS, ids=name_of)
 
 
+def loaded(config, module):
+    return Loaded(module, models.taps(config, module), Architecture(config.model_dump(mode="json"), toy.CLASSES, 3, 16, 16))
+
+
 class Pair:
     """A student, a teacher and the method between them, all from seeds."""
 
@@ -46,7 +51,7 @@ class Pair:
             data=toy.dataset(train=32, size_px=16),
         )
         torch.manual_seed(3)
-        self.distiller = method(name=name_of(method)).build(self.student, self.teacher)
+        self.distiller = method(name=name_of(method)).build(loaded(STUDENT, self.student), loaded(TEACHER, self.teacher))
         self.distiller.prepare(self.student, self.teacher, self.setting)
 
     def train(self, **given):

@@ -10,9 +10,7 @@ from edgekd.models.superyolo import superyolo, superyolo_small
 from edgekd.nn.shapes import shapes_only
 from edgekd.quantize import bops
 
-EXAMPLE = (
-    "8 8 8 8 8 8 7 7 8 7 8 8 7 8 7 8 7 6 7 6 7 7 6 7 6 7 6 5 6 5 5 6 6 6 4 6 6 6 6 7 6 7 7 7 8 8 7 6 7 7 7 7 6 5 6 6 6 6 5"
-)
+EXAMPLE = "8 8 8 8 8 8 7 7 8 7 8 8 7 8 7 8 7 6 7 6 7 7 6 7 6 7 6 5 6 5 5 6 6 6 4 6 6 6 6 7 6 7 7 7 8 8 7 6 7 7 7 7 6 5 6 6 6 6 5"
 
 
 def _rows(heads: int, classes: int, channels: int) -> list[bops.Row]:

@@ -57,7 +57,7 @@ CASES = {
     "adamw": (config(optimizer="adamw", lr=0.01, weight_decay=0.1, ema_decay=0.5), "32-true", {}, TaskOnly),
     "accumulate-clip": (config(accumulate=4, clip_norm=0.1), "32-true", {"dropout": 0.1}, TaskOnly),
     "bf16": (config(clip_norm=1.0, ema_decay=0.9), "bf16-mixed", {"dropout": 0.3}, TaskOnly),
-    "teacher": (config(), "32-true", {}, lambda: LogitsConfig(name="logits").build(nn.Module(), nn.Module())),
+    "teacher": (config(), "32-true", {}, lambda: LogitsConfig(name="logits").build(None, None)),
     "learned": (config(optimizer="adamw", lr=0.01), "32-true", {}, Learned),
 }
 

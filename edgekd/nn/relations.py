@@ -1,0 +1,55 @@
+"""How maps are compared by where they are strong, and gates that choose among them.
+
+Shape letters: B images, C channels, H rows, W columns, P = H * W places.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-12
+
+
+def attention_map(maps_BCHW: Tensor) -> Tensor:
+    """The mean over channels of the squares, in float32 at least: [B, 1, H, W]."""
+    values = maps_BCHW.to(torch.promote_types(maps_BCHW.dtype, torch.float32))
+    return values.square().mean(1, keepdim=True)
+
+
+def unit_vectors(maps_B1HW: Tensor) -> Tensor:
+    """Each image's map as a vector of length 1 (its norm at least 1e-12): [B, P]."""
+    flat = maps_B1HW.flatten(1)
+    return flat / flat.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+
+
+def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [B, C, H, W] of one size: the larger is averaged down to the smaller, rows and columns each for themselves."""
+    size = [min(a, b) for a, b in zip(one.shape[2:], other.shape[2:], strict=True)]
+    return resized(one, size), resized(other, size)
+
+
+def resized(maps: Tensor, size: list[int]) -> Tensor:
+    """Average pooling to a size; maps of that size stay as they are."""
+    return maps if list(maps.shape[2:]) == list(size) else F.adaptive_avg_pool2d(maps, (size[0], size[1]))
+
+
+class Embedding(nn.Module):
+    """A linear layer and a batch norm, which makes a bias idle, optionally a ReLU: [B, Cin] to [B, Cout], in float32.
+
+    Args:
+        inputs: Cin.
+        outputs: Cout.
+        relu: End with a ReLU.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, relu: bool) -> None:
+        super().__init__()
+        self.linear, self.norm, self.relu = nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), relu
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, Cin] to [B, Cout]."""
+        with torch.autocast(values.device.type, enabled=False):
+            out: Tensor = self.norm(self.linear(values.float()))
+        return F.relu(out) if self.relu else out
