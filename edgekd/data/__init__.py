@@ -1,4 +1,4 @@
-"""Data: every kind becomes a :class:`Dataset` of decoded uint8 images in four disjoint splits."""
+"""Data: every kind becomes a :class:`Dataset` of decoded uint8 images in four disjoint splits, with classes or boxes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ from typing import Annotated
 
 from pydantic import Field
 
+from edgekd.data import boxes, digits, image_folder
 from edgekd.data import callable as by_call
-from edgekd.data import digits, image_folder
 from edgekd.data.base import Dataset, Split
+from edgekd.data.boxes import CocoConfig, YoloConfig
 from edgekd.data.callable import CallableConfig
 from edgekd.data.digits import DigitsConfig
 from edgekd.data.image_folder import ImageFolderConfig
 
-DataConfig = Annotated[DigitsConfig | ImageFolderConfig | CallableConfig, Field(discriminator="kind")]
+AnyData = DigitsConfig | ImageFolderConfig | CallableConfig | CocoConfig | YoloConfig
+DataConfig = Annotated[AnyData, Field(discriminator="kind")]
 
-__all__ = ["DataConfig", "DigitsConfig", "ImageFolderConfig", "CallableConfig", "Dataset", "Split", "load", "preflight"]
+__all__ = [
+    "CallableConfig",
+    "CocoConfig",
+    "DataConfig",
+    "Dataset",
+    "DigitsConfig",
+    "ImageFolderConfig",
+    "Split",
+    "YoloConfig",
+    "load",
+    "preflight",
+]
 
 
-def load(config: DigitsConfig | ImageFolderConfig | CallableConfig, *, search: Sequence[Path]) -> Dataset:
+def load(config: AnyData, *, search: Sequence[Path]) -> Dataset:
     """Read, decode and check a data set.
 
     Args:
@@ -34,10 +47,12 @@ def load(config: DigitsConfig | ImageFolderConfig | CallableConfig, *, search: S
         return digits.load(config)
     if isinstance(config, ImageFolderConfig):
         return image_folder.load(config, search)
+    if isinstance(config, CocoConfig | YoloConfig):
+        return boxes.load(config, search)
     return by_call.load(config)
 
 
-def preflight(config: DigitsConfig | ImageFolderConfig | CallableConfig, *, search: Sequence[Path]) -> None:
+def preflight(config: AnyData, *, search: Sequence[Path]) -> None:
     """Cheap checks before any work: paths exist, splits differ, functions can be imported. Nothing is decoded.
 
     Raises:
@@ -45,5 +60,7 @@ def preflight(config: DigitsConfig | ImageFolderConfig | CallableConfig, *, sear
     """
     if isinstance(config, ImageFolderConfig):
         image_folder.preflight(config, search)
+    elif isinstance(config, CocoConfig | YoloConfig):
+        boxes.preflight(config, search)
     elif isinstance(config, CallableConfig):
         by_call.preflight(config)

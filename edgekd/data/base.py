@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ import numpy.typing as npt
 from edgekd.errors import DataError
 
 Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[Any]
+"""int64 [N], one class per image; or float32 [N, M, 6], boxes (edgekd.data.boxes)."""
 
 CARVED_SHARE = 10
 """A split that is carved out of train takes at most one image in so many."""
@@ -36,7 +38,7 @@ class Split:
     images: Images
     """uint8 [N, H, W, C], read-only, possibly memory-mapped."""
     labels: Labels
-    """int64 [N], indices into the data set's classes."""
+    """int64 [N], indices into the data set's classes; or boxes, float32 [N, M, 6]."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -163,20 +165,21 @@ def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequen
         warnings: What was noticed before.
 
     Raises:
-        DataError: A split is empty, images differ in size, a label is out of range, there are fewer than 2 classes, a class has
-            no training image, or a split that the user gave holds nothing but images of test.
+        DataError: A split is empty, images differ in size, a label is out of range, there are fewer than 2 classes (1 where
+            images have boxes), a class has no training image, or a split that the user gave holds nothing but images of test.
     """
-    if len(classes) < 2:
+    boxes = parts["train"].labels.ndim == 3
+    if len(classes) < 2 and not boxes:
         raise DataError(f"there are {len(classes)} classes ({', '.join(classes)}); at least 2 are needed")
     shape = parts["train"].images.shape[1:]
     for name, part in parts.items():
         _check_part(name, part, shape, classes)
-    counts = np.bincount(parts["train"].labels, minlength=len(classes))
+    counts = np.bincount(_classes_of(parts["train"].labels), minlength=len(classes))
     if (counts == 0).any():
         absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
         some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise DataError(
-            f"no training image of {len(absent)} of {len(classes)} classes: {some}",
+            f"no training {'box' if boxes else 'image'} of {len(absent)} of {len(classes)} classes: {some}",
             hint="add images, carve less out of train, or drop these classes",
         )
     mean, std = _statistics(parts["train"].images)
@@ -197,11 +200,22 @@ def _check_part(name: str, part: Part, shape: tuple[int, ...], classes: Sequence
         raise DataError(f"the split {name} has no images")
     if part.images.shape[1:] != shape:
         raise DataError(f"images of {name} are {_size(part.images.shape[1:])}, those of train {_size(shape)}")
-    low, high = int(part.labels.min()), int(part.labels.max())
+    found = _classes_of(part.labels)
+    if len(found) == 0 and name == "test":
+        raise DataError("no image of test has a box that counts", hint="a metric needs some")
+    low, high = int(found.min(initial=0)), int(found.max(initial=0))
     if low < 0 or high >= len(classes):
         raise DataError(
             f"labels of {name} range from {low} to {high}; with {len(classes)} classes 0 to {len(classes) - 1} are allowed"
         )
+
+
+def _classes_of(labels: Labels) -> npt.NDArray[np.int64]:
+    """The class of every image, or of every box that is not ignored, int64 [n]."""
+    if labels.ndim == 1:
+        return labels
+    rows = labels.reshape(-1, labels.shape[-1])
+    return rows[(rows[:, 0] >= 0) & (rows[:, -1] == 0), 0].astype(np.int64)
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -238,7 +252,7 @@ def _fingerprint(parts: Mapping[str, Part], classes: Sequence[str]) -> str:
     for name in ("train", "val", "test", "calib"):
         digest.update(f"{name} {len(parts[name].labels)}".encode())
         digest.update(np.ascontiguousarray(parts[name].digests).data)
-        digest.update(parts[name].labels.astype("<i8").tobytes())
+        digest.update(parts[name].labels.astype("<i8" if parts[name].labels.ndim == 1 else "<f4").tobytes())
     return digest.hexdigest()
 
 

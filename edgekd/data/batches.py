@@ -11,9 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgekd.data import augment_boxes
 from edgekd.data.augment import AugmentConfig, draw, transform
+from edgekd.data.augment_boxes import BoxAugmentConfig
 from edgekd.data.base import Split
 from edgekd.errors import RecipeError
+
+AnyAugment = AugmentConfig | BoxAugmentConfig
+EVAL_PIXELS = 8 << 20
+"""Of all images of a batch that is only evaluated: the activations of larger ones would not fit into memory."""
 
 
 def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -37,7 +43,7 @@ def epoch_batches(
     batch_size: int,
     *,
     generator: torch.Generator,
-    augment: AugmentConfig,
+    augment: AnyAugment,
     mean: Sequence[float],
     std: Sequence[float],
     drop_last: bool,
@@ -61,7 +67,8 @@ def epoch_batches(
         world_size: How many processes there are.
 
     Yields:
-        Images, float32 [B / world_size, C, H, W] in channels_last format, and labels, int64 [B / world_size].
+        Images, float32 [B / world_size, C, H, W] in channels_last format, and labels: int64 [B / world_size], or boxes, float32
+        [B / world_size, M, 6].
 
     Raises:
         RecipeError: The batch cannot be shared out evenly, so averaged gradients would weigh images unequally.
@@ -75,11 +82,20 @@ def epoch_batches(
     height, width = split.images.shape[1:3]
     for start in range(0, len(order) - batch_size + 1 if drop_last else len(order), batch_size):
         batch = order[start : start + batch_size]
-        choice = draw(len(batch), height, width, augment, generator)
         low, high = _share(len(batch), rank, world_size)
-        images = torch.from_numpy(split.images[batch[low:high]])
-        labels = torch.from_numpy(split.labels[batch[low:high]])
-        yield normalise(transform(images, augment, choice.part(low, high)), mean, std), labels
+        if isinstance(augment, BoxAugmentConfig):
+            boxes = augment_boxes.draw(len(batch), len(split), generator)
+            images, labels = augment_boxes.transform(split, batch[low:high], augment, boxes.part(low, high))
+        else:
+            choice = draw(len(batch), height, width, augment, generator)
+            images = transform(torch.from_numpy(split.images[batch[low:high]]), augment, choice.part(low, high))
+            labels = torch.from_numpy(split.labels[batch[low:high]])
+        yield normalise(images, mean, std), labels
+
+
+def eval_batch_size(split: Split, most: int) -> int:
+    """Images of a batch that is only evaluated: so many at most, and no more pixels than memory likes."""
+    return max(1, min(most, len(split), EVAL_PIXELS // (split.images.shape[1] * split.images.shape[2])))
 
 
 def eval_batches(
@@ -88,7 +104,7 @@ def eval_batches(
     """A whole split in its own order; every process gets its share of each batch, and no empty one.
 
     Yields:
-        Images, float32 [B, C, H, W] in channels_last format, and labels, int64 [B].
+        Images, float32 [B, C, H, W] in channels_last format, and labels: int64 [B], or boxes, float32 [B, M, 6].
     """
     for start in range(0, len(split), batch_size):
         low, high = _share(min(batch_size, len(split) - start), rank, world_size)

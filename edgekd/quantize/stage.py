@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from edgekd._config import Config
 from edgekd.artifacts import Checkpoint
 from edgekd.data.base import Dataset
-from edgekd.data.batches import epoch_batches, eval_batches
+from edgekd.data.batches import epoch_batches, eval_batch_size, eval_batches
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import fit
 from edgekd.errors import TrainingError
@@ -130,7 +130,7 @@ def calibration_batches(data: Dataset, most: int | None = None) -> Iterator[Tens
     if most is not None and most < len(split):
         index = np.linspace(0, len(split) - 1, most).round().astype(int)
         split = replace(split, images=split.images[index], labels=split.labels[index])
-    return (images for images, _ in eval_batches(split, min(128, len(split)), mean=data.mean, std=data.std))
+    return (images for images, _ in eval_batches(split, eval_batch_size(split, 128), mean=data.mean, std=data.std))
 
 
 def layers(quantized: nn.Module) -> list[dict[str, Any]]:

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from edgekd.data.augment import AugmentConfig
 from edgekd.data.base import Dataset, Split
-from edgekd.data.batches import epoch_batches, eval_batches
+from edgekd.data.batches import AnyAugment, epoch_batches, eval_batch_size, eval_batches
 from edgekd.errors import ArtifactError, TrainingError
 from edgekd.nn.batch_norm import synchronize
 from edgekd.nn.taps import resolve
@@ -54,7 +53,7 @@ class Setting:
     fabric: Fabric
     task: Task
     dataset: Dataset
-    augment: AugmentConfig
+    augment: AnyAugment
     seed: int
     work: Path
     """Where this training keeps its state until it is finished."""
@@ -220,7 +219,7 @@ def _mean_terms(fabric: Fabric, sums: Mapping[str, float], steps: int) -> dict[s
     return dict(zip(sums, means.tolist(), strict=True))
 
 
-def evaluate(model: nn.Module, split: Split, setting: Setting, batch_size: int = 250) -> float:
+def evaluate(model: nn.Module, split: Split, setting: Setting, most: int = 250) -> float:
     """The task's metric of a model on a split, over all processes; the model's mode is left as it was."""
     fabric, data = setting.fabric, setting.dataset
     was_training = model.training
@@ -229,7 +228,12 @@ def evaluate(model: nn.Module, split: Split, setting: Setting, batch_size: int =
     metric = setting.task.new_metric().to(fabric.device)
     with torch.no_grad():
         for images, labels in eval_batches(
-            split, batch_size, mean=data.mean, std=data.std, rank=fabric.global_rank, world_size=fabric.world_size
+            split,
+            eval_batch_size(split, most),
+            mean=data.mean,
+            std=data.std,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
         ):
             metric.update(model(images.to(fabric.device)).float(), labels.to(fabric.device))
     model.train(was_training)

@@ -11,8 +11,8 @@ import torch
 
 from edgekd import models
 from edgekd._config import Config
-from edgekd.data.augment import AugmentConfig
 from edgekd.data.base import Dataset
+from edgekd.data.batches import AnyAugment
 from edgekd.models.config import ModelConfig
 from edgekd.nn.layers import layer_table
 from edgekd.tasks.base import Task
@@ -33,7 +33,7 @@ class Context:
     compute: ComputeConfig
     task: Task
     dataset: Dataset
-    augment: AugmentConfig
+    augment: AnyAugment
     seed: int
     search: tuple[Path, ...]
     """Folders in which a recipe's relative paths are looked up."""

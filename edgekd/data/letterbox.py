@@ -1,0 +1,116 @@
+"""Images and boxes on a square: the whole image, its sides in proportion, centred on grey.
+
+Shape letters: M boxes of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.data.base import Images
+from edgekd.errors import DataError
+
+GREY = 114
+"""Fills what the image does not cover."""
+_EXIF_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+"""Where a file says how it is to be turned, and the values that swap its sides."""
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Where an image lies on its square."""
+
+    scale: float
+    """Pixels of the square per pixel of the image."""
+    left: int
+    top: int
+    width: int
+    """Of the scaled image, in pixels."""
+    height: int
+
+    def boxes(self, boxes_M4: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """x1, y1, x2, y2 on the square, from pixels of the image."""
+        return boxes_M4 * self.scale + np.array([self.left, self.top, self.left, self.top])
+
+
+def fit(width: int, height: int, size_px: int) -> Letterbox:
+    """The place of an image of these sides on a square."""
+    scale = size_px / max(width, height)
+    wide, high = max(1, round(width * scale)), max(1, round(height * scale))
+    return Letterbox(scale, (size_px - wide) // 2, (size_px - high) // 2, wide, high)
+
+
+def displayed_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image as it is shown, turned as its file says; only the header is read.
+
+    Raises:
+        DataError: The file is no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            turned = file.getexif().get(_EXIF_ORIENTATION) in _TURNED
+    except Exception as error:  # Pillow's formats raise OSError, SyntaxError, ValueError, struct.error and others
+        raise _unreadable(path, error) from error
+    return (height, width) if turned else (width, height)
+
+
+def decode(path: Path, size_px: int, channels: int, infrared: Path | None = None) -> Images:
+    """One image on its square.
+
+    Args:
+        path: An 8-bit image that Pillow reads.
+        size_px: Side of the square.
+        channels: 1 (grey), 3 (RGB), or 4: RGB and the first channel of an infrared image.
+        infrared: That image, with 4 channels; it must have the same sides.
+
+    Returns:
+        uint8 [size_px, size_px, channels].
+
+    Raises:
+        DataError: A file is no such image, or the two differ in size.
+    """
+    colours = _placed(_open(path, "L" if channels == 1 else "RGB"), size_px)
+    if channels != 4:
+        return colours
+    assert infrared is not None  # the loader names one per image
+    other = _open(infrared, "RGB")
+    if other.size != _open(path, "RGB").size:
+        raise DataError(f"{infrared} has other sides than {path}: {other.size}", hint="give images of one scene in one size")
+    return np.concatenate([colours, _placed(other.getchannel(0), size_px)], axis=2)
+
+
+def _open(path: Path, mode: str) -> Any:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            if file.mode[0] in "IF":
+                raise ValueError(f"its pixels have more than 8 bits (mode {file.mode})")
+            return (ImageOps.exif_transpose(file) or file).convert(mode)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _placed(image: Any, size_px: int) -> Images:
+    from PIL import Image
+
+    width, height = image.size
+    place = fit(width, height, size_px)
+    if image.size != (place.width, place.height):
+        image = image.resize((place.width, place.height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image).reshape(place.height, place.width, -1)
+    square = np.full((size_px, size_px, pixels.shape[2]), GREY, dtype=np.uint8)
+    square[place.top : place.top + place.height, place.left : place.left + place.width] = pixels
+    return square
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read as an image: {error}", hint="repair or remove this file")
