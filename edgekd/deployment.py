@@ -245,8 +245,13 @@ class Deployment:
             self.display.say(f"measuring {engine.config['backend']['name']} {engine.config['precision']} ({role})")
             outputs = self._predict(engine, images["predict"])
             hop = self._parity(onnx, engine, outputs, cell)
-            value = self.task.evaluate(outputs, self.dataset.test.labels)
-            metric = {"name": self.task.metric_name, "value": value, "images": len(self.dataset.test.labels)}
+            found = self.task.details(outputs, self.dataset.test.labels)
+            metric = {
+                "name": self.task.metric_name,
+                "value": found[self.task.metric_name],
+                "images": len(self.dataset.test.labels),
+                "details": found,
+            }
             bench = self._job(BenchJob(engine=str(engine.folder), inputs=str(images["bench"]), **config)).payload
             write_json(folder / "record.json", {**bench, "metric": metric, "parity": hop})
             return {"metric": metric, "latency_ms": bench["latency_ms"], "valid": bench["valid"]}

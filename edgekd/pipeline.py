@@ -94,11 +94,11 @@ class Run:
         self.recipe: Recipe = loaded.recipe
         self.display, self.smoke = display, smoke
         self.store = Store(out, display.warn)
-        self.task = build_task(self.recipe.task)
         display.say(f"reading data ({self.recipe.data.kind})")
         self.dataset = data_kinds.load(self.recipe.data, search=loaded.search)
         if smoke:
             self.dataset = thin(self.dataset, {"train": 2 * SMOKE_BATCH, "val": 64, "test": 64, "calib": 32})
+        self.task = build_task(self.recipe.task, self.dataset)
         self.context = Context(
             compute=self.recipe.compute,
             task=self.task,

@@ -22,21 +22,22 @@ from edgekd import models
 from edgekd._config import Config
 from edgekd._explain import Problem, explain, recipe_error
 from edgekd._yaml import Document, Path_, load
-from edgekd.data import DataConfig, ImageFolderConfig
+from edgekd.data import CocoConfig, DataConfig, ImageFolderConfig, YoloConfig
 from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
 from edgekd.errors import EdgekdError
 from edgekd.export.stage import PRECISIONS, ExportConfig
-from edgekd.models.config import ModelConfig
+from edgekd.models import superyolo
+from edgekd.models.config import CALLABLE, ModelConfig
 from edgekd.nn.shapes import shapes_only
 from edgekd.nn.taps import resolve
 from edgekd.prune.stage import PruneConfig
 from edgekd.quantize.hybrid import HybridConfig
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
-from edgekd.tasks import TaskConfig
+from edgekd.tasks import DetectionConfig, TaskConfig
 from edgekd.train.checkpoint import Architecture
 from edgekd.train.checkpoint import Loaded as Shell
 from edgekd.train.hardware import ComputeConfig
@@ -173,7 +174,42 @@ def parse(document: Document) -> Recipe:
 
 def check(recipe: Recipe) -> list[Problem]:
     """What one section demands of another."""
-    return [*_check_teacher(recipe), *_check_order(recipe), *_check_deploy(recipe), *_check_budget(recipe)]
+    return [*_check_task(recipe), *_check_teacher(recipe), *_check_order(recipe), *_check_deploy(recipe), *_check_budget(recipe)]
+
+
+def _check_task(recipe: Recipe) -> list[Problem]:
+    """The data has the labels that the task needs, and a detector the heads."""
+    problems = []
+    boxes, task = isinstance(recipe.data, CocoConfig | YoloConfig), recipe.task
+    detects = isinstance(task, DetectionConfig)
+    if boxes != detects and recipe.data.kind != "callable":
+        problems.append(
+            Problem(
+                ("data", "kind"),
+                f"the task {task.kind} needs {'boxes' if detects else 'classes'}, and {recipe.data.kind} gives "
+                f"{'boxes' if boxes else 'classes'}",
+                f"use {'coco or yolo' if detects else 'image_folder or digits'}, or the task "
+                f"{'detection' if boxes else 'classification'}",
+            )
+        )
+    for owner, model in _owners(recipe).items():
+        strides = superyolo.STRIDES.get(model.name)
+        path: Path_ = (owner, "model", "name")
+        if isinstance(task, DetectionConfig):
+            if strides is None and model.name != CALLABLE:
+                detectors = ", ".join(superyolo.STRIDES)
+                problems.append(Problem(path, f"{model.name} is no detector", f"use {detectors}, or callable for your own"))
+            elif strides is not None and tuple(task.strides) != strides:
+                problems.append(
+                    Problem(
+                        ("task", "strides"),
+                        f"the {owner} {model.name} has heads of stride {list(strides)}; strides is {task.strides}",
+                        f"write strides: {list(strides)}",
+                    )
+                )
+        elif strides is not None:
+            problems.append(Problem(path, f"{model.name} is a detector", "use the task detection, or another model"))
+    return problems
 
 
 def _check_teacher(recipe: Recipe) -> list[Problem]:
@@ -352,6 +388,8 @@ def smoke(recipe: Recipe) -> Recipe:
         return train.model_copy(update={"epochs": 1, "batch_size": batch, "accumulate": accumulate, "warmup_epochs": 0.0})
 
     def smaller(stage: Any) -> Any:
+        if isinstance(stage, QuantizeConfig) and isinstance(stage.quantizer, HybridConfig):
+            stage = stage.model_copy(update={"quantizer": stage.quantizer.model_copy(update={"recalibration_batches": 2})})
         if not isinstance(stage, PtqConfig):
             return stage.model_copy(update={"train": shorter(stage.train)})
         if stage.fallback is None:
@@ -367,6 +405,8 @@ def smoke(recipe: Recipe) -> Recipe:
     data = recipe.data
     if "limit_per_class" in type(data).model_fields:
         data = data.model_copy(update={"limit_per_class": SMOKE_BATCH})
+    if "limit" in type(data).model_fields:
+        data = data.model_copy(update={"limit": 2 * SMOKE_BATCH})
     measure = MeasureConfig(warmup_s=0.02, duration_s=0.1, compare_s=0.2)
     update = {
         "data": data,
@@ -413,7 +453,7 @@ def _attempt(path: Path_, action: Callable[[], Any]) -> list[Problem]:
 
 def _check_data(loaded: Loaded) -> list[Problem]:
     config = loaded.recipe.data
-    path: Path_ = ("data", "root" if isinstance(config, ImageFolderConfig) else "kind")
+    path: Path_ = ("data", "root" if isinstance(config, ImageFolderConfig | CocoConfig | YoloConfig) else "kind")
     problems = _attempt(path, lambda: data_kinds.preflight(config, search=loaded.search))
     for index, problem in enumerate(problems):
         # the message may say itself which key it is about

@@ -166,5 +166,5 @@ def _changed(bundle: Bundle, golden: Golden, outputs: Mapping[str, Array]) -> in
     """How many decisions differ; 0 where the model does not say what its outputs mean."""
     if bundle.io.postprocessing is None or any(outputs[name].shape != golden.outputs[name].shape for name in outputs):
         return 0
-    before, after = (postprocess(each, bundle.io.postprocessing).indices for each in (golden.outputs, outputs))
-    return int(np.sum(before != after))
+    before: Any = postprocess(golden.outputs, bundle.io.postprocessing)
+    return int(before.changed(postprocess(outputs, bundle.io.postprocessing)))

@@ -221,6 +221,5 @@ def _clear(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | Non
     """
     if postprocessing is None:
         return list(range(min(GOLDEN_IMAGES, count)))
-    scores = np.sort(postprocess(outputs, postprocessing).scores, axis=1)
-    margins = scores[:, -1] - scores[:, -2]
+    margins = postprocess(outputs, postprocessing).margins()
     return [int(index) for index in np.flatnonzero(margins >= np.median(margins))[:GOLDEN_IMAGES]]

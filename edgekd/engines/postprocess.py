@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekd.engines import detections
 from edgekd.engines.base import Array
 from edgekd.errors import DataError
 
@@ -24,26 +25,67 @@ class Classified:
     scores: NDArray[np.float32]
     """float32 [N, K], each row adds up to 1: the softmax of the logits."""
 
+    def changed(self, other: Classified) -> int:
+        """How many images have another class."""
+        return int(np.sum(self.indices != other.indices))
 
-def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | None) -> Classified:
+    def margins(self) -> NDArray[np.float64]:
+        """How clear each image's decision is, [N]: the distance of the two best scores."""
+        ordered = np.sort(self.scores, axis=1).astype(np.float64)
+        margins: NDArray[np.float64] = ordered[:, -1] - ordered[:, -2]
+        return margins
+
+
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """Boxes in every image."""
+
+    boxes: tuple[NDArray[np.float32], ...]
+    """For each image float32 [n, 6]: x1, y1, x2, y2 in pixels of the engine's input, score 0..1, class index."""
+    classes: tuple[str, ...]
+    """Their names."""
+    confidence: float
+    """The smallest score."""
+
+    def changed(self, other: Detected) -> int:
+        """How many images have a box without a partner."""
+        pairs = zip(self.boxes, other.boxes, strict=True)
+        return sum(detections.unmatched(one, two) > 0 for one, two in pairs)
+
+    def margins(self) -> NDArray[np.float64]:
+        """How clear each image's decision is, [N]: the distance of its worst box from the threshold; 0 without a box."""
+        return np.array([float(boxes[:, 4].min() - self.confidence) if len(boxes) else 0.0 for boxes in self.boxes])
+
+
+def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | None) -> Classified | Detected:
     """What an engine's outputs mean.
 
     Args:
         outputs: Output name to array, one row per image.
         postprocessing: ``kind`` and its parameters. ``classification``: ``output`` (whose rows are logits) and ``classes`` (their
-            names in the order of the logits).
+            names in the order of the logits). ``detection``: ``output`` (raw predictions), ``classes``, ``size_px``, ``strides``,
+            ``anchors``, ``confidence``, ``iou`` and ``most`` (edgekd.engines.detections).
 
     Raises:
         DataError: io.json does not say what the outputs mean, the kind is not known here, or the output is not what it says.
     """
     if postprocessing is None:
         raise DataError("io.json does not say what the outputs mean", hint="export the model again with this edgekd")
-    if postprocessing.get("kind") != "classification":
-        raise DataError(f"postprocessing kind {postprocessing.get('kind')!r}; this edgekd knows classification")
-    name, classes = postprocessing["output"], postprocessing["classes"]
+    kind = postprocessing.get("kind")
+    if kind not in ("classification", "detection"):
+        raise DataError(f"postprocessing kind {kind!r}; this edgekd knows classification and detection")
+    name, classes = postprocessing["output"], tuple(postprocessing["classes"])
     if name not in outputs:
         raise DataError(f"expected an output {name!r}; the engine gave {', '.join(outputs) or 'none'}")
-    logits = np.asarray(outputs[name], np.float32)
+    values = np.asarray(outputs[name], np.float32)
+    if kind == "classification":
+        return _classified(name, values, classes)
+    options = {key: postprocessing[key] for key in ("confidence", "iou", "most")}
+    boxes = detections.detect(values, detections.heads_from(postprocessing), **options)
+    return Detected(tuple(boxes), classes, float(options["confidence"]))
+
+
+def _classified(name: str, logits: NDArray[np.float32], classes: tuple[str, ...]) -> Classified:
     if logits.ndim != 2 or logits.shape[1] != len(classes):
         raise DataError(f"the output {name!r} has shape {list(logits.shape)}; expected [N, {len(classes)} classes]")
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))

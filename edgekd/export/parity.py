@@ -164,7 +164,7 @@ def _compare(name: str, expected: Array, received: Array, task: Task | None, wha
         norms = float(np.linalg.norm(one) * np.linalg.norm(other))
         cosine = float(one.ravel() @ other.ravel()) / norms if norms else float(np.array_equal(one, other))
     place = np.unravel_index(int(np.where(np.isnan(difference), np.inf, difference).argmax()), one.shape)
-    changed = 0.0 if task is None else float(np.mean(task.decisions(expected) != task.decisions(received)))
+    changed = 0.0 if task is None else task.changed(expected, received)
     finite = [float(value) if np.isfinite(value) else None for value in (one[place], other[place])]
     return OutputParity(
         output=name,

@@ -257,7 +257,8 @@ class Placement:
             return True
         if self.moves(node) or self._is(node, AVERAGES) or self._resizes(node) in WEIGHTED:
             return self.nonnegative(node.all_input_nodes[0])
-        return bool(self.concatenates(node) and all(self.nonnegative(part) for part in node.all_input_nodes))
+        joins = self.concatenates(node) or self.adds(node)
+        return joins and all(self.nonnegative(part) for part in node.all_input_nodes)
 
     def moves(self, node: fx.Node) -> bool:
         """Whether a node only moves values."""

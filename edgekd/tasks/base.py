@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -30,11 +29,14 @@ class Task(Protocol):
     def new_metric(self) -> Metric:
         """An empty metric: ``update(logits, labels)`` per batch, then ``compute()``, which adds up all processes."""
 
-    def evaluate(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[np.int64]) -> float:
+    def evaluate(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> float:
         """The metric of an engine's outputs on a whole split, by the same code as :meth:`new_metric`."""
 
-    def decisions(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """What a user of the model would act on; parity counts how many of them change."""
+    def details(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> dict[str, float]:
+        """All metrics of an engine's outputs, by name, :meth:`evaluate`'s among them."""
+
+    def changed(self, expected: npt.NDArray[Any], received: npt.NDArray[Any]) -> float:
+        """The share, 0..1, of what a user of the model would act on that differs between two arrays of its first output."""
 
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
         """The same as data, for io.json: ``kind`` and its parameters (edgekd.engines.postprocess)."""

@@ -82,9 +82,13 @@ class Classification:
         metric.update(torch.from_numpy(np.array(logits, dtype=np.float32)), torch.from_numpy(np.array(labels)))
         return float(metric.compute())
 
-    def decisions(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """The class of each image: int64 [N] from [N, K]."""
-        return np.argmax(logits, axis=1)
+    def details(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[np.int64]) -> dict[str, float]:
+        """Accuracy, alone."""
+        return {self.metric_name: self.evaluate(outputs, labels)}
+
+    def changed(self, expected: npt.NDArray[Any], received: npt.NDArray[Any]) -> float:
+        """The share of images, [N, K] each, whose class differs."""
+        return float(np.mean(np.argmax(expected, axis=1) != np.argmax(received, axis=1)))
 
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
         """Logits, and the classes' names in their order."""
