@@ -204,7 +204,7 @@ def quickstart() -> str:
     from edgekd.report import lines
 
     report = json.loads((RESULTS / "quickstart.json").read_text())["report"]
-    return "```text\n" + "\n".join(line.rstrip() for line in lines({"ladders": [], **report})) + "\n```\n"
+    return "```text\n" + "\n".join(line.rstrip() for line in lines({"ladders": [], "bits": None, **report})) + "\n```\n"
 
 
 def opsets() -> str:

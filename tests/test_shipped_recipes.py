@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_smoke(recipe, tmp_path, request):
-    if "image_folder" in recipe.read_text():
+    if "root:" in recipe.read_text():
         request.getfixturevalue("data_root")  # skips where there is no data
     command = [sys.executable, "-m", "edgekd"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
