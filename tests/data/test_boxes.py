@@ -190,7 +190,7 @@ def test_four_channels(coco):
     (coco / "test" / "infrared" / "test0.png").unlink()
     with pytest.raises(DataError, match=r"the infrared image of .*test0.png is missing"):
         load(coco, channels=4, infrared=pattern)
-    with pytest.raises(DataError, match="unknown 'folders' .did you mean 'folder'"):
+    with pytest.raises(DataError, match=r"unknown 'folders' \(did you mean 'folder'"):
         load(coco, channels=4, infrared="{folders}/x")
 
 

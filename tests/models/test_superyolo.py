@@ -13,10 +13,32 @@ from edgekd.nn.flops import parameters
 from edgekd.nn.shapes import shapes_only
 from edgekd.nn.taps import tap_shapes
 
-SHAPES = (
-    "32x512 64x256 64x256 128x128 128x128 256x64 256x64 512x32 512x32 512x32 256x32 256x64 512x64 256x64 128x64 128x128 256x128 "
-    "128x128 128x64 256x64 256x64 256x32 512x32 512x32"
-).split()
+SHAPES = [
+    "32x512",
+    "64x256",
+    "64x256",
+    "128x128",
+    "128x128",
+    "256x64",
+    "256x64",
+    "512x32",
+    "512x32",
+    "512x32",
+    "256x32",
+    "256x64",
+    "512x64",
+    "256x64",
+    "128x64",
+    "128x128",
+    "256x128",
+    "128x128",
+    "128x64",
+    "256x64",
+    "256x64",
+    "256x32",
+    "512x32",
+    "512x32",
+]
 """Channels x size of every block at 512 px."""
 
 

@@ -91,7 +91,7 @@ def test_a_rebuilt_model_is_the_same(name):
 
 
 def test_a_budget_of_size_and_of_operations():
-    module, config = float_model()
+    module, _config = float_model()
     for budget, key in (({"size_mb": 0.05}, "size_mb"), ({"bops_g": 0.5}, "bops_g")):
         found = qat.prepare(module, {}, HybridConfig(kind="hybrid", budget=budget), images(2))
         account = hybrid.account(module, found, images(2))

@@ -56,6 +56,20 @@ def bce(logit, target):
     return -(target * math.log(sigmoid(logit)) + (1 - target) * math.log(1 - sigmoid(logit)))
 
 
+def places_of(cx, cy, cells):
+    """The cell of a centre, and the nearest one beside it and above or below, inside the map."""
+    places = [(int(cx), int(cy))]
+    if cx % 1 < 0.5 and cx > 1:
+        places.append((int(cx) - 1, int(cy)))
+    if cy % 1 < 0.5 and cy > 1:
+        places.append((int(cx), int(cy) - 1))
+    if (cells - cx) % 1 < 0.5 and cells - cx > 1:
+        places.append((int(cx) + 1, int(cy)))
+    if (cells - cy) % 1 < 0.5 and cells - cy > 1:
+        places.append((int(cx), int(cy) + 1))
+    return places
+
+
 def slow_loss(predictions, truth, heads, gains):
     """The specification, box by box and cell by cell."""
     batch, _, width = predictions.shape
@@ -74,16 +88,7 @@ def slow_loss(predictions, truth, heads, gains):
                     aw, ah = aw / stride, ah / stride
                     if max(bw / aw, aw / bw, bh / ah, ah / bh) >= gains.anchor_ratio:
                         continue
-                    places = [(int(cx), int(cy))]
-                    if cx % 1 < 0.5 and cx > 1:
-                        places.append((int(cx) - 1, int(cy)))
-                    if cy % 1 < 0.5 and cy > 1:
-                        places.append((int(cx), int(cy) - 1))
-                    if (cells - cx) % 1 < 0.5 and cells - cx > 1:
-                        places.append((int(cx) + 1, int(cy)))
-                    if (cells - cy) % 1 < 0.5 and cells - cy > 1:
-                        places.append((int(cx), int(cy) + 1))
-                    for column, line in places:
+                    for column, line in places_of(cx, cy, cells):
                         place = (index * cells + line) * cells + column
                         x, y, w, h, _, *logits = predictions[image, start + place].tolist()
                         given = (
