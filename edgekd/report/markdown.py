@@ -30,6 +30,7 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
     yield from _section("Models", views.models(report))
     yield from _section("Engines", views.engines(report))
     yield from (f"- {escape(note)}" for note in views.notes(report))
+    yield from _section("Metrics in detail", views.details(report))
     for engine in report["engines"]:
         if engine["precision"] == "int8":
             yield from _section(f"Precision audit of {escape(engine['title'])}", views.audit(engine))

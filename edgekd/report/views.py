@@ -226,6 +226,16 @@ def engines(report: Report) -> Table:
     return table(f"backend|model|precision|status|MACs in it >|{metric_name(report)} >|{times}|memory MiB >|size >", rows)
 
 
+def details(report: Report) -> Table:
+    """Every metric of every measured engine, where a task has more than one."""
+    rows = [(engine["title"], (engine["metric"] or {}).get("details") or {}) for engine in report["engines"]]
+    names = list(dict.fromkeys(name for _, found in rows for name in found))
+    if len(names) < 2:
+        return table("engine", [])
+    shown = [(title, *(units.metric({"name": name, "value": found[name]}) for name in names)) for title, found in rows if found]
+    return table("engine|" + "|".join(f"{name} >" for name in names), shown)
+
+
 def status(engine: dict[str, Any]) -> str:
     """``measured``, or what became of it instead; a measurement that may not be used is ``invalid``."""
     return "invalid" if engine["valid"] is False else str(engine["status"])
