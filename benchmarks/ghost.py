@@ -1,0 +1,205 @@
+"""Hybrid bits and what teaches them: GHOST's comparison on real images, from one float twin per seed.
+
+For each data set and seed a float detector is trained once. From it start, with equal budgets: uniform bits (8, 6, 5, 4, 3);
+hybrid bits of the size that uniform 5 bits have; and both under the float twin with each method. Values are those after the last
+epoch, mAP50 on the test split, by the trained model itself; the variants in ``DEPLOYED`` are built and measured too.
+
+    EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd] [--seeds 3] [--epochs 60] [--qat-epochs 12] [--variant
+    ...]
+
+Each run is an ordinary ``edgekd compress`` into runs/ghost/DATA-SEED, so what is finished is reused. Writes
+results/ghost_DATA.json after every variant: all values per seed, size, bit operations, gate rates, engines with raw samples; and
+per variant the mean difference from the float twin and from uniform 5 bits with a 95 % interval (Student's t over seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from run_recipe import RESULTS, ROOT
+
+from edgekd.artifacts import read_artifact
+
+RUNS = ROOT / "runs" / "ghost"
+DATA: dict[str, dict[str, Any]] = {
+    "airbus": {"root": "det_airbus_aircraft", "size_px": 256},
+    "bccd": {"root": "det_bccd", "size_px": 256},
+    "simd": {"root": "det_simd_sample", "size_px": 320},
+}
+AUGMENT = {"mosaic": 0.5, "scale": 0.3, "translate": 0.1, "flip": True, "flip_vertical": True, "hue": 0.015} | {
+    "saturation": 0.4,
+    "value": 0.3,
+}
+MODEL = {"name": "superyolo_small", "arguments": {"width": 0.25}}
+UNIFORM = (8, 6, 5, 4, 3)
+METHODS: dict[str, dict[str, Any]] = {
+    "ost": {"name": "ost", "weight": 25},
+    "ost, published gate": {"name": "ost", "weight": 25, "detach_gate": False},
+    "afd": {"name": "afd", "weight": 25},
+    "scrm": {"name": "scrm", "weight": 1},
+    "hcl": {"name": "hcl", "weight": 0.1},
+    "raw output": {"name": "raw_output", "weight": 0.1},
+}
+REFERENCE = "uniform 5"
+DEPLOYED = ("hybrid + ost",)
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Seeds -> the factor of Student's t for 95 %, two-sided."""
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Name -> what distinguishes its quantize stage; the most telling first."""
+    hybrid: dict[str, Any] = {"quantizer": {"kind": "hybrid"}}
+    found = {
+        "hybrid": hybrid,
+        "hybrid + ost": {**hybrid, "method": METHODS["ost"]},
+        REFERENCE: {"quantizer": {"kind": "hybrid", "bits": 5}},
+        "uniform 5 + ost": {"quantizer": {"kind": "hybrid", "bits": 5}, "method": METHODS["ost"]},
+    }
+    found |= {f"uniform {bits}": {"quantizer": {"kind": "hybrid", "bits": bits, "k_max": 8}} for bits in UNIFORM if bits != 5}
+    return found | {f"hybrid + {name}": {**hybrid, "method": method} for name, method in METHODS.items() if name != "ost"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    parser.add_argument("--variant", nargs="+", choices=list(variants()), default=list(variants()))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=60, help="of the float training")
+    parser.add_argument("--qat-epochs", type=int, default=12, help="of each training with quantizers")
+    parser.add_argument("--threads", type=int, default=2, help="of the trainings")
+    given = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for data in given.data:
+        size: float | None = None
+        for name in given.variant:
+            for seed in range(given.seeds):  # all seeds of a variant first: an unfinished comparison is still balanced
+                if size is None:  # what uniform 5 bits take is the hybrid plans' budget
+                    size = uniform_size(run(data, seed, REFERENCE, given, None))
+                run(data, seed, name, given, size)
+            write(data, given)
+
+
+def uniform_size(folder: Path) -> float:
+    """Megabytes of the weights of a finished variant."""
+    return float(json.loads((folder / "value.json").read_text())["account"]["size_mb"])
+
+
+def run(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: float | None) -> Path:
+    """One ordinary run -> the folder that holds value.json; a finished one is not run again."""
+    shared = RUNS / f"{data}-{seed}"
+    slug = name.replace(" ", "_").replace("+", "and").replace(",", "")
+    folder = RUNS / "values" / f"{data}-{seed}-{slug}-{given.epochs}-{given.qat_epochs}"
+    if (folder / "value.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    content = recipe(data, seed, name, given, size_mb)
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(content, indent=1))  # JSON is YAML
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["OMP_NUM_THREADS"] = str(given.threads)
+    command = [sys.executable, "-m", "edgekd", "compress", str(file), "--out", str(shared)]
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment)
+    if done.returncode not in (0, 1):  # 1: some engine failed or is slower, which the report says
+        raise SystemExit(f"{data} {seed} {name} failed with exit code {done.returncode}")
+    record = json.loads((shared / "run.json").read_text())
+    report = json.loads((shared / "report" / "report.json").read_text())
+    artifacts = {model["stage"]: read_artifact(shared / model["folder"]) for model in record["models"]}
+    quantized = artifacts["quantize"]
+    history = [json.loads(line) for line in (quantized.folder / "metrics.jsonl").read_text().splitlines()]
+    value = {
+        "data": data,
+        "seed": seed,
+        "variant": name,
+        "float": artifacts["finetune"].metrics["metric"]["value"],
+        "value": quantized.metrics["metric"]["value"],
+        "metric": quantized.metrics["metric"]["name"],
+        "account": quantized.metrics["hybrid"],
+        "bits": {row["path"]: row["weight_bits"] for row in quantized.metrics["layers"]},
+        "statistics": history[-1].get("statistics"),
+        "seconds": quantized.seconds,
+        "recipe": content,
+        "engines": [
+            {key: engine[key] for key in ("title", "backend", "precision", "metric", "latency_ms", "size_bytes", "status")}
+            for engine in report["engines"]
+        ],
+        "comparisons": [
+            json.loads((shared / comparison["folder"] / "record.json").read_text()) for comparison in record["comparisons"]
+        ],
+    }
+    (folder / "value.json").write_text(json.dumps(value))
+    return folder
+
+
+def recipe(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: float | None) -> dict[str, Any]:
+    """The run's recipe as data."""
+    stage = json.loads(json.dumps(variants()[name]))
+    if "bits" not in stage["quantizer"]:
+        stage["quantizer"]["budget"] = {"size_mb": size_mb}
+    train = {"batch_size": 8, "optimizer": "adamw", "ema_decay": 0.998}
+    deploy = [
+        {"backend": {"name": backend, "threads": 1}, "precision": ["float32", "int8"], "allow_fallback": True}
+        for backend in ("onnxruntime", "openvino")
+    ]
+    return {
+        "name": f"ghost-{data}-{seed}",
+        "seed": seed,
+        "task": {"kind": "detection", "strides": [4]},
+        "data": {"kind": "coco", **DATA[data], "augment": AUGMENT},
+        "student": {"model": MODEL},
+        "stages": [
+            {
+                "kind": "finetune",
+                "train": {**train, "epochs": given.epochs, "lr": 0.002, "weight_decay": 5e-4, "warmup_epochs": 2},
+            },
+            {"kind": "quantize", "task_weight": 1, "train": {**train, "epochs": given.qat_epochs, "lr": 5e-4, "weight_decay": 0}}
+            | stage,
+        ],
+        "deploy": deploy if name in DEPLOYED else [],
+    }
+
+
+def write(data: str, given: argparse.Namespace) -> None:
+    """The result file, from all variants that are finished."""
+    pattern = f"{data}-*-{given.epochs}-{given.qat_epochs}/value.json"
+    values = [json.loads(path.read_text()) for path in sorted((RUNS / "values").glob(pattern))]
+    reference = {value["seed"]: value["value"] for value in values if value["variant"] == REFERENCE}
+    summary = {}
+    for name in variants():
+        found = [value for value in values if value["variant"] == name]
+        if found:
+            summary[name] = {
+                "seeds": [value["seed"] for value in found],
+                "mean": statistics.mean(value["value"] for value in found),
+                "size_mb": statistics.mean(value["account"]["size_mb"] for value in found),
+                "bops_g": statistics.mean(value["account"]["bops_g"] for value in found),
+                "mean_bits": statistics.mean(value["account"]["mean_bits"] for value in found),
+                "from_float": interval([value["value"] - value["float"] for value in found]),
+                "from_uniform_5": interval(
+                    [value["value"] - reference[value["seed"]] for value in found if value["seed"] in reference]
+                ),
+            }
+    path = RESULTS / f"ghost_{data}.json"
+    path.write_text(json.dumps({"schema": 1, "data": data, "summary": summary, "values": values}).replace(f"{ROOT}/", ""))
+    print(f"wrote {path.relative_to(ROOT)}: {len(values)} values")
+
+
+def interval(differences: list[float]) -> dict[str, Any]:
+    """Mean and, from two seeds on, its 95 % interval."""
+    if not differences:
+        return {"mean": None, "low": None, "high": None}
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = T_95.get(count, 2.776) * statistics.stdev(differences) / count**0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+if __name__ == "__main__":
+    main()
