@@ -110,7 +110,10 @@ class SuperYOLO(nn.Module):
         num_classes: Classes of objects.
         in_channels: Channels of the images.
         width: Multiplier of all channels, which become multiples of 8.
-        depth: Multiplier of the repetitions of the backbone's second and third C3.
+        depth: Multiplier of the repetitions of every C3, at least one.
+
+    Raises:
+        ValueError: ``width`` or ``depth`` is not above 0.
     """
 
     def __init__(self, heads: int, *, num_classes: int, in_channels: int, width: float, depth: float) -> None:
@@ -122,36 +125,36 @@ class SuperYOLO(nn.Module):
             return max(8, math.ceil(channels * width / 8) * 8)
 
         c32, c64, c128, c256, c512 = map(wide, (32, 64, 128, 256, 512))
-        repeated = max(1, round(3 * depth))
+        once, thrice = (max(1, round(repetitions * depth)) for repetitions in (1, 3))
         blocks: list[nn.Module] = [
             Conv(in_channels, c32, 3),
             Conv(c32, c64, 3, 2),
-            C3(c64, c64, max(1, round(depth)), True),
+            C3(c64, c64, once, True),
             Conv(c64, c128, 3, 2),
-            C3(c128, c128, repeated, True),
+            C3(c128, c128, thrice, True),
             Conv(c128, c256, 3, 2),
-            C3(c256, c256, repeated, True),
+            C3(c256, c256, thrice, True),
             Conv(c256, c512, 3, 2),
             SPP(c512),
-            C3(c512, c512, 1, False),
+            C3(c512, c512, once, False),
             Conv(c512, c256, 1),
             nn.Upsample(scale_factor=2, mode="nearest"),
             Concat(),
-            C3(2 * c256, c256, 1, False),
+            C3(2 * c256, c256, once, False),
             Conv(c256, c128, 1),
             nn.Upsample(scale_factor=2, mode="nearest"),
             Concat(),
-            C3(2 * c128, c128, 1, False),
+            C3(2 * c128, c128, once, False),
         ]
         sources = [c128]
         if heads > 1:
             blocks += [
                 Conv(c128, c128, 3, 2),
                 Concat(),
-                C3(2 * c128, c256, 1, False),
+                C3(2 * c128, c256, once, False),
                 Conv(c256, c256, 3, 2),
                 Concat(),
-                C3(2 * c256, c512, 1, False),
+                C3(2 * c256, c512, once, False),
             ]
             sources += [c256, c512]
         self.blocks = nn.ModuleList(blocks)
@@ -162,7 +165,11 @@ class SuperYOLO(nn.Module):
 
     @torch.no_grad()
     def _bias(self, head: nn.Module, stride: int, num_classes: int) -> None:
-        """Begin with few objects per image of 640 pixels and equally likely classes, as YOLOv5 does."""
+        """Begin with few objects per image of 640 pixels and equally likely classes, as YOLOv5 does.
+
+        For K = 1 its formula, log(0.6 / (K - 0.99)), gives +4.1, so one class begins as two do: log(0.6 / 1.01) = -0.5. Neither
+        the loss nor the decoder looks at the class of a detector that has one.
+        """
         bias = head.get_parameter("bias").view(ANCHORS, self.outputs)
         bias[:, 4] += math.log(8 / (640 / stride) ** 2)
         bias[:, 5:] += math.log(0.6 / (max(num_classes, 2) - 0.99))

@@ -28,6 +28,8 @@ from edgekd.quantize.placement import LAYERS, trace
 
 FLOAT = 32
 """Bits of the image, and of everything that is not quantized."""
+SIZES = ("size", "dim", "numel", "shape", "ndim", "device", "dtype")
+"""Methods and attributes of a tensor that tell nothing of its values."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,20 @@ def _sources(traced: fx.GraphModule) -> dict[str, tuple[set[str], bool]]:
         merged = (set().union(*(paths for paths, _ in before)), any(image for _, image in before))
         if node.op == "placeholder":
             merged = (set(), True)
+        elif _asks_for_size(node):
+            merged = (set(), False)
         elif node.op == "call_module" and isinstance(parts[node.target], LAYERS):
             old = found.get(node.target, (set(), False))  # a layer that is called twice reads what both calls read
             found[node.target] = (old[0] | merged[0], old[1] or merged[1])
             merged = ({node.target}, False)
         behind[node] = merged
     return found
+
+
+def _asks_for_size(node: fx.Node) -> bool:
+    """Whether a node is ``x.size(0)`` or ``x.shape``: a layer that is given it reads nothing of what made x."""
+    attribute = node.op == "call_function" and node.target is getattr and node.args[1] in SIZES
+    return attribute or (node.op == "call_method" and node.target in SIZES)
 
 
 def size_bytes(table: Sequence[Row], bits: Mapping[str, int]) -> float:

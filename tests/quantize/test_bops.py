@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgekd.errors import TrainingError
 from edgekd.models.superyolo import superyolo, superyolo_small
 from edgekd.nn.shapes import shapes_only
 from edgekd.quantize import bops
@@ -123,3 +124,100 @@ def test_data_flow_by_hand() -> None:
     assert bops.bops_paper(table, plan) == 96 * 3 * 32 + 608 * 5 * 3 + 16 * 2 * 5
     assert bops.bops_dataflow(table, {"b": 5}) == 96 * 1024 + 608 * 5 * 32 + 16 * 1024
     assert bops.size_bytes(table, plan) == (6 * 3 + 38 * 5 + 4 * 2) / 8
+
+
+def test_who_reads_whom_in_the_detector(tables: dict[str, list[bops.Row]]) -> None:
+    """Written from the specification's table of blocks, not from the code."""
+    found = {
+        row.path.removeprefix("blocks.").removesuffix(".conv"): {
+            source.removeprefix("blocks.").removesuffix(".conv") for source in row.producers
+        }
+        for row in tables["nwpu"]
+    }
+    expected = {
+        "1": {"0"},
+        "2.cv2": {"1"},
+        "2.m.0.cv1": {"2.cv1"},
+        "2.cv3": {"2.cv1", "2.m.0.cv2", "2.cv2"},  # the shortcut adds cv1's result
+        "4.m.2.cv1": {"4.cv1", "4.m.0.cv2", "4.m.1.cv2"},
+        "8.cv2": {"8.cv1"},
+        "9.cv3": {"9.m.0.cv2", "9.cv2"},  # no shortcut
+        "13.cv1": {"10", "6.cv3"},
+        "13.cv2": {"10", "6.cv3"},
+        "17.cv1": {"14", "4.cv3"},
+        "20.cv1": {"18", "14"},
+        "23.cv1": {"21", "10"},
+        "heads.0": {"17.cv3"},
+        "heads.1": {"20.cv3"},
+        "heads.2": {"23.cv3"},
+    }
+    assert {path: found[path] for path in expected} == expected
+    assert [row.path for row in tables["nwpu"] if row.reads_image] == ["blocks.0.conv"]
+
+
+class _Sizes(nn.Module):
+    """Asks for the sizes of the image and of a map that a layer is not given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(2, 2, 3, 2, 1, bias=False)
+        self.c, self.fc = nn.Conv2d(2, 1, 1, bias=False), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.relu(self.a(x))
+        b = nn.functional.interpolate(torch.relu(self.b(a)), size=a.shape[-2:])
+        out: Tensor = self.fc(torch.relu(self.c(b)).view(x.size(0), -1))
+        return out
+
+
+def test_a_size_is_not_read_from_its_tensor() -> None:
+    table = bops.rows(_Sizes(), torch.zeros(1, 3, 4, 4))
+    assert [(row.path, row.producers, row.reads_image) for row in table] == [
+        ("a", (), True),
+        ("b", ("a",), False),
+        ("c", ("b",), False),
+        ("fc", ("c",), False),
+    ]
+    # 16 x 4 products and 4 additions of the bias
+    assert (table[-1].params, table[-1].macs) == (68, 68)
+
+
+class _Shared(nn.Module):
+    """A layer in groups that is called twice, the second time on its own result beside the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1, groups=2, bias=False), nn.Conv2d(8, 2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.cat([self.a(torch.relu(self.a(x))), x], 1))
+        return out
+
+
+def test_a_layer_that_is_called_twice_reads_what_both_calls_read() -> None:
+    table = bops.rows(_Shared(), torch.zeros(1, 4, 3, 3))
+    assert [(row.path, row.params, row.macs, row.producers, row.reads_image) for row in table] == [
+        ("a", 8, 2 * 9 * 8, ("a",), True),
+        ("b", 16, 9 * 16, ("a",), True),
+    ]
+    assert bops.bops_dataflow(table, {"a": 4, "b": 2}) == 144 * 4 * 32 + 144 * 2 * 32  # the image is wider than 4 bits
+
+
+def test_the_scripts_float_entries_begin_too_early() -> None:
+    """Five quantized entries and three heads: the script counts entries 3, 4 and 5 of eight in float, and heads 6 and 7 never."""
+    table = [bops.Row(str(index), 10**index, 10**index, (), False) for index in range(8)]
+    plan = dict.fromkeys("01234", 8)
+    float_entries = 10**3 + 10**4 + 10**5
+    assert bops.size_paper_bytes(table, plan) == 11_111 * 8 / 8 + float_entries * 32 / 8
+    assert bops.bops_paper(table, plan) == 1 * 8 * 32 + 11_110 * 8 * 8 + float_entries * 1024
+    one_head = table[:6]
+    assert bops.size_paper_bytes(one_head, plan) == bops.size_bytes(one_head, plan)
+
+
+def test_a_model_that_cannot_be_traced_says_so() -> None:
+    class Chooses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TrainingError):
+        bops.rows(Chooses(), torch.zeros(1, 3, 4, 4))
