@@ -203,7 +203,7 @@ def _check_part(name: str, part: Part, shape: tuple[int, ...], classes: Sequence
     found = _classes_of(part.labels)
     if len(found) == 0 and name == "test":
         raise DataError("no image of test has a box that counts", hint="a metric needs some")
-    low, high = int(found.min(initial=0)), int(found.max(initial=0))
+    low, high = (int(found.min()), int(found.max())) if len(found) else (0, 0)
     if low < 0 or high >= len(classes):
         raise DataError(
             f"labels of {name} range from {low} to {high}; with {len(classes)} classes 0 to {len(classes) - 1} are allowed"

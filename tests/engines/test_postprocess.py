@@ -20,14 +20,17 @@ def test_classes_by_hand():
 
 def test_the_task_decides_alike():
     logits = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    np.testing.assert_array_equal(postprocess({"logits": logits}, ABOUT).indices, Classification().decisions(logits))
+    other = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
+    one, two = (postprocess({"logits": each}, ABOUT) for each in (logits, other))
+    np.testing.assert_array_equal(one.indices, logits.argmax(1))
+    assert one.changed(two) / 50 == Classification().changed(logits, other) > 0
 
 
 @pytest.mark.parametrize(
     ("outputs", "about", "message"),
     [
         ({"logits": LOGITS}, None, "does not say what the outputs mean"),
-        ({"logits": LOGITS}, {"kind": "detection"}, "kind 'detection'; this edgekd knows classification"),
+        ({"logits": LOGITS}, {"kind": "tracking"}, "kind 'tracking'; this edgekd knows classification and detection"),
         ({"boxes": LOGITS}, ABOUT, "expected an output 'logits'; the engine gave boxes"),
         ({"logits": LOGITS[:, :2]}, ABOUT, r"has shape \[2, 2\]; expected \[N, 3 classes\]"),
     ],
