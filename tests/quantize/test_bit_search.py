@@ -7,7 +7,7 @@ import pytest
 
 from edgekd.errors import TrainingError
 from edgekd.quantize import bit_search
-from edgekd.quantize.bit_search import Distortions, distortion, fastest_within, meet_budget
+from edgekd.quantize.bit_search import Distortions, distortion, meet_budget
 
 
 def exact(values, centres):
@@ -126,21 +126,6 @@ def test_a_budget_that_cannot_be_met():
         TrainingError, match=r"quantizer.budget.size_mb: 15999 cannot be met: 2 bits in every layer cost 1.6e\+04"
     ):
         meet_budget(LAYERS, size, 15_999, k_min=2, k_max=7, name="quantizer.budget.size_mb")
-
-
-def test_the_greedy_search_takes_the_step_that_hurts_least():
-    table = Distortions({"a": gaussian(1000, 0.001), "b": gaussian(1000, 0.1)})
-    assert fastest_within(table, lambda bits: sum(bits.values()), 14, k_min=2, k_max=8, name="x") == {"a": 6, "b": 8}
-
-
-def test_the_greedy_search_keeps_bits_that_save_nothing():
-    def cost(bits):  # an engine that runs 4 bits faster than 8, and nothing between or below
-        return sum(1.0 if width > 4 else 0.5 for width in bits.values())
-
-    table = Distortions({"a": gaussian(1000, 0.001), "b": gaussian(1000, 0.1)})
-    assert fastest_within(table, cost, 1.5, k_min=2, k_max=8, name="x") == {"a": 4, "b": 8}
-    with pytest.raises(TrainingError, match=r"latency: 0.9 cannot be met: 1 is the least"):
-        fastest_within(table, cost, 0.9, k_min=2, k_max=8, name="latency")
 
 
 def test_widths():
