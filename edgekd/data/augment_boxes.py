@@ -187,5 +187,5 @@ def _coloured(image: Array, gains: list[float]) -> Array:
         return brighter[image]  # in HSV the value is the largest channel, and the others follow it
     tables = [(steps * gains[0]).astype(np.int64) % 256, np.clip(steps * gains[1], 0, 255), np.clip(steps * gains[2], 0, 255)]
     hsv = Image.fromarray(np.ascontiguousarray(image[:, :, :3])).convert("HSV")
-    rgb = hsv.point(np.concatenate(tables).astype(np.uint8).tolist()).convert("RGB")
-    return np.concatenate([np.asarray(rgb), brighter[image[:, :, 3:]]], axis=2)
+    rgb = np.asarray(hsv.point(np.concatenate(tables).astype(np.uint8).tolist()).convert("RGB"))
+    return rgb if image.shape[2] == 3 else np.concatenate([rgb, brighter[image[:, :, 3:]]], axis=2)

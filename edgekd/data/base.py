@@ -166,7 +166,8 @@ def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequen
 
     Raises:
         DataError: A split is empty, images differ in size, a label is out of range, there are fewer than 2 classes (1 where
-            images have boxes), a class has no training image, or a split that the user gave holds nothing but images of test.
+            images have boxes), a class has no training image (where images have boxes: all classes), or a split that the user
+            gave holds nothing but images of test.
     """
     boxes = parts["train"].labels.ndim == 3
     if len(classes) < 2 and not boxes:
@@ -174,14 +175,9 @@ def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequen
     shape = parts["train"].images.shape[1:]
     for name, part in parts.items():
         _check_part(name, part, shape, classes)
-    counts = np.bincount(_classes_of(parts["train"].labels), minlength=len(classes))
-    if (counts == 0).any():
-        absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-        some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        raise DataError(
-            f"no training {'box' if boxes else 'image'} of {len(absent)} of {len(classes)} classes: {some}",
-            hint="add images, carve less out of train, or drop these classes",
-        )
+    notes = _absent(parts["train"].labels, classes)
+    if boxes and len(_classes_of(parts["val"].labels)) == 0:
+        notes.append("no image of val has a box that counts, so its metric stays 0 while training")
     mean, std = _statistics(parts["train"].images)
     for part in parts.values():
         part.labels.flags.writeable = False
@@ -191,8 +187,26 @@ def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequen
         mean=mean,
         std=std,
         fingerprint=_fingerprint(parts, classes),
-        warnings=(*warnings, *_repeated(parts)),
+        warnings=(*warnings, *notes, *_repeated(parts)),
     )
+
+
+def _absent(train: Labels, classes: Sequence[str]) -> list[str]:
+    """A warning about classes without a training box: lists of categories often name more than a data set holds.
+
+    Raises:
+        DataError: There is no box at all, or a class of images without boxes has no image.
+    """
+    boxes = train.ndim == 3
+    counts = np.bincount(_classes_of(train), minlength=len(classes))
+    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if not absent:
+        return []
+    some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+    message = f"no training {'box' if boxes else 'image'} of {len(absent)} of {len(classes)} classes: {some}"
+    if not boxes or len(absent) == len(classes):
+        raise DataError(message, hint="add images, carve less out of train, or drop these classes")
+    return [f"{message}; they are not learnt"]
 
 
 def _check_part(name: str, part: Part, shape: tuple[int, ...], classes: Sequence[str]) -> None:

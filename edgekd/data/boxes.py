@@ -10,6 +10,7 @@ front.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,8 @@ class _BoxesConfig(Config):
     """Colour, grey (1), or colour and infrared (4)."""
     infrared: str | None = None
     """With 4 channels: where the infrared image of an image is, `{folder}` being its folder, `{stem}` and `{suffix}` its name,
-    for instance `{folder}/../infrared/{stem}{suffix}`."""
+    and `{prefix}` its stem up to the last underscore: `{folder}/../infrared/{stem}{suffix}`, or, of a_co.png and a_ir.png in one
+    folder, `{folder}/{prefix}_ir{suffix}`."""
     calibration_images: int = Field(default=128, ge=1)
     """Images carved out of train for calib where no split is given for it; at most a tenth of train."""
     val_images: int = Field(default=500, ge=1)
@@ -103,6 +105,8 @@ class Listing:
     """The images of one split, before they are decoded."""
 
     paths: list[Path]
+    sizes: list[tuple[int, int]]
+    """Width and height of each image as it is shown."""
     boxes: list[npt.NDArray[np.float64]]
     """Per image [M, 6]; boxes in pixels of the image as it is shown."""
     warnings: list[str] = field(default_factory=list)
@@ -147,6 +151,8 @@ def _coco_files(config: CocoConfig, root: Path) -> dict[str, tuple[Path, Path]]:
         if split is not None:
             images = _under(root, config.images.format(split=split), f"images of {name}", name)
             annotations = _under(root, config.annotations.format(split=split), f"annotations of {name}", name)
+            if not images.is_dir():
+                raise DataError(f"the images of {name} are no folder: {images}", hint="correct data.splits or data.images")
             found[name] = images, annotations
     return found
 
@@ -174,8 +180,7 @@ def _coco(config: CocoConfig, root: Path) -> tuple[dict[str, Listing], list[str]
             raise DataError(f"{files[name][1]} has other categories than {files['train'][1]}", hint="give all splits the same")
     ids = {number: index for index, number in enumerate(sorted(categories))}
     listings = {
-        name: _coco_listing(images, annotations, contents[name], ids, config.limit)
-        for name, (images, annotations) in files.items()
+        name: _coco_listing(images, annotations, contents[name], ids, config) for name, (images, annotations) in files.items()
     }
     return listings, [categories[number] for number in sorted(categories)]
 
@@ -209,49 +214,75 @@ def _categories(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _coco_listing(
-    images: Path, annotations: Path, content: Mapping[str, Any], ids: Mapping[int, int], limit: int | None
+    images: Path, annotations: Path, content: Mapping[str, Any], ids: Mapping[int, int], config: CocoConfig
 ) -> Listing:
     names: dict[int, str] = {}
+    stated: dict[int, tuple[Any, Any]] = {}
+    seen: set[str] = set()
     for index, entry in enumerate(content["images"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or not isinstance(entry.get("file_name"), str):
             raise DataError(f"{annotations}: images[{index}] needs an id (a whole number) and a file_name")
         if entry["id"] in names:
             raise DataError(f"{annotations}: two images have the id {entry['id']}")
+        if entry["file_name"] in seen:
+            raise DataError(f"{annotations} lists the image {entry['file_name']} twice", hint="merge the two, with their boxes")
+        seen.add(entry["file_name"])
         names[entry["id"]] = entry["file_name"]
+        stated[entry["id"]] = entry.get("width"), entry.get("height")
     rows: dict[int, list[list[float]]] = {number: [] for number in names}
     for index, entry in enumerate(content["annotations"]):
         where = f"{annotations}: annotations[{index}]"
-        if not isinstance(entry, dict) or entry.get("image_id") not in rows:
+        if not isinstance(entry, dict) or not _is_id(entry.get("image_id"), rows):
             raise DataError(f"{where} belongs to an image that the file does not list")
-        if entry.get("category_id") not in ids:
+        if not _is_id(entry.get("category_id"), ids):
             raise DataError(f"{where} has the category_id {entry.get('category_id')!r}; the file lists {sorted(ids)}")
         x, y, width, height = _four_numbers(where, entry.get("bbox"))
         rows[entry["image_id"]].append([ids[entry["category_id"]], x, y, x + width, y + height, float(entry.get("iscrowd") == 1)])
-    chosen = _in_order(sorted(names, key=lambda number: names[number]), lambda number: names[number], limit)
-    warnings = _left_out(images, {names[number] for number in names})
+    chosen = _in_order(sorted(names, key=lambda number: names[number]), lambda number: names[number], config.limit)
+    warnings = _left_out(images, seen, config.infrared)
     for number in chosen:
         if not (images / names[number]).is_file():
             raise DataError(
                 f"{annotations} names the image {names[number]}, which is not in {images}", hint="correct data.images"
             )
+    sizes = [letterbox.displayed_size(images / names[number]) for number in chosen]
+    # boxes are pixels, so they belong to other pixels where an image was resized or turned after it was annotated
+    other = [
+        (names[number], size)
+        for number, size in zip(chosen, sizes, strict=True)
+        if all(isinstance(side, int) for side in stated[number]) and stated[number] != size
+    ]
+    if other:
+        name, (width, height) = other[0]
+        warnings.append(
+            f"{len(other)} images have other sides than {annotations} says, for instance {name}, which is shown as"
+            f" {width} x {height}: their boxes may be misplaced"
+        )
     return Listing(
         [images / names[number] for number in chosen],
+        sizes,
         [np.array(rows[number], dtype=np.float64).reshape(-1, COLUMNS) for number in chosen],
         warnings,
     )
 
 
+def _is_id(value: Any, known: Mapping[int, Any]) -> bool:
+    return isinstance(value, int | float) and value in known  # a list could not even be looked up
+
+
 def _four_numbers(where: str, box: Any) -> tuple[float, float, float, float]:
     numbers = box if isinstance(box, list) else []
-    if len(numbers) != 4 or not all(isinstance(value, int | float) and np.isfinite(value) for value in numbers):
-        raise DataError(f"{where}: bbox is {box!r}; expected [x, y, width, height] in pixels")
-    x, y, width, height = map(float, numbers)
-    return x, y, width, height
+    if len(numbers) == 4 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        with contextlib.suppress(OverflowError):  # JSON's whole numbers have no end
+            x, y, width, height = map(float, numbers)
+            if np.isfinite([x, y, width, height]).all():
+                return x, y, width, height
+    raise DataError(f"{where}: bbox is {str(box)[:80]}; expected [x, y, width, height] in pixels")
 
 
-def _left_out(folder: Path, named: set[str]) -> list[str]:
+def _left_out(folder: Path, named: set[str], infrared: str | None) -> list[str]:
     present = {entry.name for entry in os.scandir(folder) if os.path.splitext(entry.name)[1].lower() in EXTENSIONS}
-    extra = len(present - {Path(name).name for name in named})
+    extra = len(present - {Path(name).name for name in named} - {path.name for path in _beside(folder, named, infrared)})
     return [f"{extra} images of {folder} have no entry in their annotation file and were left out"] if extra else []
 
 
@@ -291,13 +322,34 @@ def _yolo_file(config: YoloConfig, root: Path) -> tuple[dict[str, list[Path]], l
     names = read.names if isinstance(read.names, list) else [read.names[index] for index in _contiguous(path, read.names)]
     if not names:
         raise DataError(f"{path}: names is empty", hint="name at least one class")
-    base = find(read.path, [path.parent, root]) if read.path else path.parent
+    base = _yolo_base(read.path, path.parent, root)
     folders = {}
     for split in ("train", "val", "test", "calib"):
         given = getattr(read, split)
         if given is not None:
-            folders[split] = [find(folder, [base]) for folder in ([given] if isinstance(given, str) else given)]
+            folders[split] = [_yolo_folder(folder, base) for folder in ([given] if isinstance(given, str) else given)]
     return folders, names
+
+
+def _yolo_base(given: str | None, folder: Path, root: Path) -> Path:
+    """What the folders of the splits are relative to."""
+    if given is None:
+        return folder
+    try:
+        return find(given, [folder, root])
+    except DataError:
+        if Path(given).is_absolute():
+            raise
+        return folder  # it is relative to a setting of Ultralytics, and data.root already says where the data is
+
+
+def _yolo_folder(given: str, base: Path) -> Path:
+    try:
+        return find(given, [base])
+    except DataError:
+        if not given.startswith("../"):
+            raise
+        return find(given.removeprefix("../"), [base])  # as Ultralytics reads it: exported files begin so
 
 
 def _contiguous(path: Path, names: Mapping[int, str]) -> range:
@@ -308,32 +360,34 @@ def _contiguous(path: Path, names: Mapping[int, str]) -> range:
 
 def _yolo(config: YoloConfig, root: Path) -> tuple[dict[str, Listing], list[str]]:
     folders, names = _yolo_file(config, root)
-    return {split: _yolo_listing(split, found, len(names), config.limit) for split, found in folders.items()}, names
+    return {split: _yolo_listing(split, found, len(names), config) for split, found in folders.items()}, names
 
 
-def _yolo_listing(split: str, folders: Sequence[Path], classes: int, limit: int | None) -> Listing:
+def _yolo_listing(split: str, folders: Sequence[Path], classes: int, config: YoloConfig) -> Listing:
     paths: list[Path] = []
     for folder in folders:
         if folder.is_file():  # a list of images, a path a line
-            lines = folder.read_text(encoding="utf-8").splitlines()
-            paths += [find(line.strip(), [folder.parent]) for line in lines if line.strip()]
+            paths += [find(line.strip(), [folder.parent]) for line in _lines(folder) if line.strip()]
         else:
             paths += [path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    infrared = {_infrared_path(path, config.infrared) for path in paths}
+    paths = [path for path in paths if path not in infrared]
     if not paths:
         extensions = ", ".join(sorted(EXTENSIONS))
         raise DataError(f"{split} has no images in {', '.join(map(str, folders))}", hint=f"images end with: {extensions}")
-    chosen = _in_order(sorted(set(paths)), lambda path: f"{path.parent.name}/{path.name}", limit)
+    chosen = _in_order(sorted(set(paths)), lambda path: f"{path.parent.name}/{path.name}", config.limit)
+    sizes = [letterbox.displayed_size(path) for path in chosen]
     missing, boxes = 0, []
-    for path in chosen:
+    for path, size in zip(chosen, sizes, strict=True):
         label = _label_file(path)
         missing += not label.is_file()
-        boxes.append(_yolo_boxes(label, path, classes) if label.is_file() else np.zeros((0, COLUMNS)))
+        boxes.append(_yolo_boxes(label, size, classes) if label.is_file() else np.zeros((0, COLUMNS)))
     if missing == len(chosen):
         raise DataError(
             f"no image of {split} has a label file; {_label_file(chosen[0])} was expected",
             hint="name the image folder images and the label folder labels",
         )
-    return Listing(chosen, boxes, [f"{missing} images of {split} have no label file: taken as empty"] if missing else [])
+    return Listing(chosen, sizes, boxes, [f"{missing} images of {split} have no label file: taken as empty"] if missing else [])
 
 
 def _label_file(image: Path) -> Path:
@@ -345,10 +399,17 @@ def _label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _yolo_boxes(label: Path, image: Path, classes: int) -> npt.NDArray[np.float64]:
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", hint="expected text in UTF-8") from error
+
+
+def _yolo_boxes(label: Path, size: tuple[int, int], classes: int) -> npt.NDArray[np.float64]:
     rows = []
-    width, height = letterbox.displayed_size(image)
-    for number, line in enumerate(label.read_text(encoding="utf-8").splitlines(), start=1):
+    width, height = size
+    for number, line in enumerate(_lines(label), start=1):
         if not line.strip():
             continue
         words = line.split()
@@ -408,16 +469,27 @@ def _decoded(name: str, listing: Listing, config: CocoConfig | YoloConfig, warni
     return Part(images, _labels(name, listing, size, warnings), digests)
 
 
-def _infrared(path: Path, pattern: str | None) -> Path | None:
+def _infrared_path(path: Path, pattern: str | None) -> Path | None:
     if pattern is None:
         return None
+    prefix = path.stem.rpartition("_")[0] or path.stem
+    parts = {"folder": path.parent, "prefix": prefix, "stem": path.stem, "suffix": path.suffix}
     try:
-        found = Path(pattern.format(folder=path.parent, stem=path.stem, suffix=path.suffix))
+        return Path(os.path.normpath(pattern.format(**parts)))
     except (KeyError, IndexError, ValueError) as error:
-        known = ["folder", "stem", "suffix"]
-        near = nearest(str(error.args[0]), known)
-        raise DataError(f"data.infrared: {pattern!r}: unknown {error}{near}; allowed: {', '.join(known)}") from error
-    if not found.is_file():
+        near = nearest(str(error.args[0]), list(parts))
+        raise DataError(f"data.infrared: {pattern!r}: unknown {error}{near}; allowed: {', '.join(parts)}") from error
+
+
+def _beside(folder: Path, names: set[str], pattern: str | None) -> list[Path]:
+    """The infrared images of these images that lie in the same folder."""
+    found = [_infrared_path(folder / name, pattern) for name in names]
+    return [path for path in found if path is not None and path.parent == folder]
+
+
+def _infrared(path: Path, pattern: str | None) -> Path | None:
+    found = _infrared_path(path, pattern)
+    if found is not None and not found.is_file():
         raise DataError(f"the infrared image of {path} is missing: {found}", hint="correct data.infrared")
     return found
 
@@ -426,8 +498,7 @@ def _labels(name: str, listing: Listing, size: int, warnings: list[str]) -> Labe
     """Boxes on the letterboxed squares, clipped, padded to the largest number: float32 [N, M, 6]."""
     clipped = dropped = 0
     found = []
-    for path, rows in zip(listing.paths, listing.boxes, strict=True):
-        width, height = letterbox.displayed_size(path)
+    for (width, height), rows in zip(listing.sizes, listing.boxes, strict=True):
         place = letterbox.fit(width, height, size)
         edges = np.array([width, height, width, height], dtype=np.float64)
         inside = np.clip(rows[:, 1:5], 0, edges)

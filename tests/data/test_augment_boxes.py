@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.data.augment_boxes import BoxAugmentConfig, draw, transform
+from edgekd.data.augment_boxes import BoxAugmentConfig, BoxDraw, draw, transform
 from edgekd.data.base import Split
 from edgekd.data.batches import epoch_batches
 from edgekd.data.boxes import padded
@@ -73,6 +73,95 @@ def test_boxes_follow_the_pixels(options, seed):
             assert is_on_its_pixels(image, row)
             count += 1
     assert count >= 6
+
+
+def gradients(count=8, seed=0):
+    """Images whose pixels tell where they come from: 40 + column, 40 + row, 130 + 10 * image; one box each, of that class."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+    images = np.stack([np.stack([40 + columns, 40 + rows, np.full_like(rows, 130 + 10 * i)], -1) for i in range(count)])
+    corners = random.integers(0, SIZE - 12, (count, 2))
+    sides = random.integers(6, 40, (count, 2))
+    boxes = [
+        np.array([[i, *a, *np.minimum(a + b, SIZE), i % 3 == 0]], dtype=float)
+        for i, (a, b) in enumerate(zip(corners, sides, strict=True))
+    ]
+    return Split("train", images.astype(np.uint8), padded(boxes))
+
+
+def place_of_box(image, index, box):
+    """Where a box of image `index` must be, from the pixels alone: lines fitted to a tile's columns and rows tell.
+
+    Returns:
+        None where too little of the tile is seen to tell; else x1, y1, x2, y2 in the window, and the share of the area there.
+    """
+    tile = image[..., 2] == 130 + 10 * index
+    # resized images are constant beyond the centres of their outermost pixels
+    tile &= (np.abs(image[..., :2].astype(float) - 40 - SIZE / 2) < SIZE / 2 - 5).all(-1)
+    places = np.nonzero(tile)[::-1]
+    if not tile.any() or min(np.ptp(place) for place in places) < 12:
+        return None
+    edges = []
+    for axis in (0, 1):
+        slope, offset = np.polyfit(places[axis] + 0.5, image[..., axis][tile].astype(float) - 40 + 0.5, 1)
+        edges.append(sorted((box[[axis, 2 + axis]] - offset) / slope))
+    (x1, x2), (y1, y2) = edges
+    whole = (x2 - x1) * (y2 - y1)
+    x1, x2, y1, y2 = np.clip([x1, x2, y1, y2], 0, SIZE)
+    return np.array([x1, y1, x2, y2]), (x2 - x1) * (y2 - y1) / whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 0.5, "translate": 0.3, "flip": True, "flip_vertical": True},
+        {"mosaic": 1.0},
+        {"mosaic": 1.0, "scale": 0.5, "translate": 0.2, "flip": True, "flip_vertical": True},
+    ],
+)
+def test_boxes_are_where_the_pixels_say(options):
+    data, kept, dropped = gradients(), 0, 0
+    for seed in range(12):
+        choice = draw(len(data), len(data), torch.Generator().manual_seed(seed))
+        images, labels = transform(data, np.arange(len(data)), BoxAugmentConfig(**options), choice)
+        for index, (image, rows) in enumerate(zip(images.numpy(), labels.numpy(), strict=True)):
+            tiles = [index, *choice.others[index].tolist()] if "mosaic" in options else [index]
+            assert set(rows[:, 0]) <= {-1, *tiles}
+            for tile in tiles:
+                expected = place_of_box(image, tile, data.labels[tile, 0, 1:5])
+                if tiles.count(tile) > 1 or expected is None:
+                    continue
+                box, share = expected
+                found = rows[rows[:, 0] == tile]
+                side = (box[2:] - box[:2]).min()
+                if len(found):
+                    np.testing.assert_allclose(found[0, 1:5], box, atol=0.75)
+                    assert found[0, 5] == data.labels[tile, 0, 5]
+                    assert len(found) == 1
+                    assert share > 0.05
+                    assert side > 1
+                    kept += 1
+                else:
+                    assert share < 0.15 or side < 3
+                    dropped += 1
+    assert kept > 40
+    assert dropped > 10
+
+
+def test_what_is_left_of_a_box_decides_whether_it_is_kept():
+    """A square of 20 px at the left edge, shifted out to the left: a tenth of it is 2 px."""
+    data = Split("train", np.zeros((1, SIZE, SIZE, 3), np.uint8), padded([np.array([[0, 0, 10, 20, 30, 0.0]])]))
+    config = BoxAugmentConfig(translate=0.5)
+
+    def left(shift_px):
+        numbers = torch.full((1, 11), 0.5, dtype=torch.float64)
+        numbers[0, 4] = (shift_px / (config.translate * SIZE) + 1) / 2
+        _, labels = transform(data, np.arange(1), config, BoxDraw(numbers, torch.zeros(1, 3, dtype=torch.int64)))
+        return labels[0, 0].tolist()
+
+    assert left(-16) == [0, 0, 10, 4, 30, 0]
+    assert left(-18.5) == [-1, 0, 0, 0, 0, 0]
+    assert left(10) == [0, 10, 10, 30, 30, 0]
 
 
 def test_nothing_is_the_identity():

@@ -6,7 +6,7 @@ import torch
 
 from edgekd.data.augment import AugmentConfig
 from edgekd.data.base import Split
-from edgekd.data.batches import epoch_batches, eval_batches, normalise
+from edgekd.data.batches import EVAL_PIXELS, epoch_batches, eval_batch_size, eval_batches, normalise
 from edgekd.errors import RecipeError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -100,6 +100,25 @@ def test_evaluation_sees_every_image_once_and_never_an_empty_batch(split, world_
             assert torch.equal(images, exact[labels])
     if world_size == 1:
         assert torch.cat([labels for _, labels in ranks[0]]).tolist() == list(range(53))
+
+
+def test_large_images_are_evaluated_in_smaller_batches():
+    def size(count, side):
+        return eval_batch_size(Split("val", np.broadcast_to(np.uint8(0), (count, side, side, 3)), np.zeros(count)), 250)
+
+    assert size(1000, 32) == 250
+    assert size(40, 32) == 40
+    assert size(1000, 1024) == EVAL_PIXELS // 2**20 == 8
+    assert size(1000, 8192) == 1
+
+
+def test_boxes_come_as_float32_with_their_images(split):
+    labels = np.zeros((53, 2, 6), np.float32)
+    labels[:, 0, 1] = np.arange(53)
+    batches = list(eval_batches(Split("val", split.images, labels), 20, mean=MEAN, std=STD))
+    assert [tuple(found.shape) for _, found in batches] == [(20, 2, 6), (20, 2, 6), (13, 2, 6)]
+    assert all(found.dtype == torch.float32 for _, found in batches)
+    assert torch.cat([found for _, found in batches])[:, 0, 1].tolist() == list(range(53))
 
 
 def test_faster_than_training():

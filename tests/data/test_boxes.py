@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,11 @@ def test_one_class_is_enough(coco):
         (lambda root: (root / "annotations" / "train.json").write_text("[]"), "has no list 'images'"),
         (lambda root: change(root, "train", "annotations", 2, bbox=[1, 2, 3]), r"annotations\[2\]: bbox is \[1, 2, 3\]"),
         (lambda root: change(root, "train", "annotations", 2, bbox=[1, 2, 3, "4"]), "bbox is"),
+        (lambda root: change(root, "train", "annotations", 2, bbox=[10**400, 2, 3, 4]), "bbox is"),
+        (lambda root: change(root, "train", "annotations", 2, bbox=[True, 2, 3, 4]), "bbox is"),
+        (lambda root: change(root, "train", "annotations", 2, category_id=[7]), r"has the category_id \[7\]"),
+        (lambda root: change(root, "train", "annotations", 2, image_id=[2]), "belongs to an image that the file does not list"),
+        (lambda root: change(root, "train", "images", 2, file_name="train0.png"), "lists the image train0.png twice"),
         (lambda root: change(root, "train", "annotations", 2, category_id=4), r"has the category_id 4; the file lists \[3, 7\]"),
         (lambda root: change(root, "train", "annotations", 2, image_id=400), "belongs to an image that the file does not list"),
         (lambda root: change(root, "train", "images", 2, id=0), "two images have the id 0"),
@@ -132,6 +139,10 @@ def test_one_class_is_enough(coco):
         (lambda root: write(root, "val", categories=CATEGORIES[:1]), "has other categories than"),
         (lambda root: write(root, "test", annotations=[]), "no image of test has a box that counts"),
         (lambda root: (root / "train" / "images" / "train3.png").write_bytes(b"no"), "train3.png cannot be read as an image"),
+        (
+            lambda root: (shutil.rmtree(root / "val" / "images"), (root / "val" / "images").write_text("")),
+            "the images of val are no folder",
+        ),
         (
             lambda root: change(root, "val", "images", 0, file_name="../../train/images/train0.png"),
             "val and train share the image|train and val share the image",
@@ -147,8 +158,38 @@ def test_what_cannot_be_read(coco, spoil, message):
 def test_a_class_without_a_box(coco):
     content = json.loads((coco / "annotations" / "train.json").read_text())
     write(coco, "train", annotations=[{**row, "category_id": 7} for row in content["annotations"]])
-    with pytest.raises(DataError, match="no training box of 1 of 2 classes: ant"):
+    found = load(coco)
+    assert found.classes == ("ant", "cat")
+    assert "no training box of 1 of 2 classes: ant; they are not learnt" in found.warnings
+    write(coco, "train", annotations=[])
+    with pytest.raises(DataError, match="no training box of 2 of 2 classes: ant, cat"):
         load(coco)
+
+
+def test_val_without_a_box(coco):
+    write(coco, "val", annotations=[])
+    assert "no image of val has a box that counts, so its metric stays 0 while training" in load(coco).warnings
+
+
+def test_images_of_another_size_than_annotated(coco):
+    change(coco, "test", "images", 2, width=128, height=64)
+    found = [warning for warning in load(coco).warnings if "other sides than" in warning]
+    assert len(found) == 1
+    assert found[0].startswith("1 images have other sides than")
+    assert "test2.png, which is shown as 64 x 32: their boxes may be misplaced" in found[0]
+
+
+def test_a_repeated_image_in_two_splits_warns(coco):
+    shutil.copy(coco / "train" / "images" / "train0.png", coco / "test" / "images" / "test0.png")
+    assert any("1 of 4 images of test are in" in warning for warning in load(coco).warnings)
+
+
+def test_the_disk_cache_holds_the_same_images(coco, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEKD_CACHE", str(tmp_path / "cache"))
+    config = CocoConfig(kind="coco", root=str(coco), size_px=64)
+    first, again, in_memory = data.load(config, search=[]), data.load(config, search=[]), load(coco)
+    assert first.fingerprint == again.fingerprint == in_memory.fingerprint
+    assert np.array_equal(again.test.images, in_memory.test.images)
 
 
 def test_preflight_reads_no_image(coco):
@@ -194,6 +235,39 @@ def test_four_channels(coco):
         load(coco, channels=4, infrared="{folders}/x")
 
 
+def test_infrared_is_the_first_channel_of_its_file_and_of_the_same_size(tmp_path):
+    picture(tmp_path / "a.png", seed=1)
+    picture(tmp_path / "colour.png", seed=2)
+    picture(tmp_path / "grey.png", seed=2, mode="L")
+    picture(tmp_path / "small.png", width=32, height=32)
+    found = decode(tmp_path / "a.png", 64, 4, tmp_path / "colour.png")
+    assert np.array_equal(found[16:48, :, 3], np.asarray(Image.open(tmp_path / "colour.png"))[..., 0])
+    found = decode(tmp_path / "a.png", 64, 4, tmp_path / "grey.png")
+    assert np.array_equal(found[16:48, :, 3], np.asarray(Image.open(tmp_path / "grey.png")))
+    with pytest.raises(DataError, match=r"has other sides than .*: 32 x 32 instead of 64 x 32"):
+        decode(tmp_path / "a.png", 64, 4, tmp_path / "small.png")
+
+
+def test_infrared_images_beside_the_others_are_no_images_of_their_own(coco, yolo):
+    for path in [*coco.glob("*/images/*.png"), *yolo.glob("images/*/*.png")]:
+        picture(path.with_name(f"{path.stem}_ir.png"), seed=7, mode="L")
+    pattern = "{folder}/{stem}_ir{suffix}"
+    found = load(coco, channels=4, infrared=pattern)
+    assert not any("have no entry" in warning for warning in found.warnings)
+    assert len(load_yolo(yolo, channels=4, infrared=pattern).test) == 3
+
+
+def test_infrared_images_with_an_ending_of_their_own(yolo):
+    for path in yolo.glob("images/*/*.png"):
+        picture(path.with_name(f"{path.stem}_ir.png"), seed=7, mode="L")
+        label = yolo / "labels" / path.parent.name / f"{path.stem}.txt"
+        label.rename(label.with_name(f"{path.stem}_co.txt"))
+        path.rename(path.with_name(f"{path.stem}_co.png"))
+    found = load_yolo(yolo, channels=4, infrared="{folder}/{prefix}_ir{suffix}")
+    assert found.test.images.shape == (3, 64, 64, 4)
+    assert (found.test.labels[..., 0] >= 0).sum() == 3
+
+
 def test_turned_pictures(tmp_path):
     """Orientation 6: to be shown turned by a quarter to the right."""
     pixels = np.zeros((10, 40, 3), np.uint8)
@@ -206,6 +280,38 @@ def test_turned_pictures(tmp_path):
     assert (square[:20, 15:25] == 255).all(), "its left half is on top"
     assert (square[20:, 15:25] == 0).all()
     assert (square[:, :15] == 114).all()
+
+
+@pytest.mark.parametrize("place", ["before", "after", "nowhere"])
+def test_turned_png_files(tmp_path, place):
+    """A PNG file may say how it is turned before or after its pixels; both count for its size and for its pixels alike."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((10, 40, 3), np.uint8)).save(path)
+    content = path.read_bytes()
+    payload = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = len(payload).to_bytes(4, "big") + b"eXIf" + payload + zlib.crc32(b"eXIf" + payload).to_bytes(4, "big")
+    cut = content.index({"before": b"IDAT", "after": b"IEND", "nowhere": b"IEND"}[place]) - 4
+    path.write_bytes(content[:cut] + (b"" if place == "nowhere" else chunk) + content[cut:])
+    width, height = displayed_size(path)
+    assert (width, height) == ((40, 10) if place == "nowhere" else (10, 40))
+    black = (decode(path, 40, 3) == 0).all(-1)
+    assert (black.any(0).sum(), black.any(1).sum()) == (width, height)
+
+
+def test_a_palette_with_transparency(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(decode(tmp_path / "a.png", 8, 3), np.asarray(image.convert("RGB")))
+
+
+def test_deep_pixels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        decode(tmp_path / "a.png", 8, 1)
 
 
 def test_letterbox():
@@ -224,6 +330,7 @@ def test_padding():
 @pytest.fixture
 def yolo(tmp_path):
     """Ultralytics' layout: images/train/a.png, labels/train/a.txt, data.yaml."""
+    tmp_path /= "yolo"
     seed = 0
     for split, count in (("train", 20), ("test", 3)):
         for index in range(count):
@@ -256,6 +363,27 @@ def test_yolo_lists_and_names(yolo):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "train: ../images/train\ntest: ../images/test\n",  # as Roboflow exports it
+        "path: coco8\ntrain: images/train\ntest: images/test\n",  # relative to Ultralytics' own folder of data
+        "path: ../yolo\ntrain: images/train\ntest: images/test\n",
+        "path: images\ntrain: train\ntest: test\nval:\n",
+    ],
+)
+def test_paths_that_ultralytics_understands(yolo, content):
+    (yolo / "data.yaml").write_text(content + "names: [ant, cat]\n")
+    assert len(load_yolo(yolo).test) == 3
+
+
+def test_a_yolo_image_without_boxes_stays(yolo):
+    (yolo / "labels" / "test" / "0.txt").write_text("")
+    found = load_yolo(yolo)
+    assert sorted(found.test.labels[:, 0, 0].tolist()) == [-1, 0, 1]
+    assert not any("no label file" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda root: (root / "data.yaml").unlink(), "data.yaml"),
@@ -266,6 +394,10 @@ def test_yolo_lists_and_names(yolo):
         (lambda root: (root / "labels/train/3.txt").write_text("\n5 .5 .5 .1 .1\n"), r"3.txt:2: class 5; .* 2 classes"),
         (lambda root: (root / "labels/train/3.txt").write_text("0 50 50 10 10\n"), "positions are shares of the image"),
         (lambda root: shutil.rmtree(root / "labels"), "no image of train has a label file"),
+        (lambda root: (root / "labels/train/3.txt").write_bytes(b"\xff\xfe0"), "3.txt cannot be read"),
+        (lambda root: (root / "data.yaml").write_text("path: /none\ntrain: x\ntest: y\nnames: [a]\n"), "/none does not exist"),
+        (lambda root: (root / "data.yaml").write_text("train: x\ntest: y\nnames: [a]\n"), "'x' does not exist"),
+        (lambda root: (root / "labels/train/3.txt").write_text("0 nan .5 .1 .1\n"), "positions are shares of the image"),
         (lambda root: [path.unlink() for path in (root / "images/test").iterdir()], "test has no images in"),
     ],
 )
@@ -275,9 +407,28 @@ def test_yolo_that_cannot_be_read(yolo, spoil, message):
         load_yolo(yolo)
 
 
-def test_real_data(data_root):
-    root = Path(data_root) / "det_bccd"
-    found = data.load(CocoConfig(kind="coco", root=str(root), size_px=160), search=[])
-    assert found.classes == ("RBC", "WBC", "Platelets")
-    assert (len(found.val), len(found.test)) == (87, 48)
-    assert (found.test.labels[..., 0] >= 0).sum() == 614
+REAL = {
+    # classes, images of val and test, boxes of test, those to be ignored among them
+    "det_airbus_aircraft": (1, 75, 140, 411, 67),
+    "det_bccd": (3, 87, 48, 614, 0),
+    "det_coco128": (80, 24, 80, 533, 0),
+    "det_simd_sample": (15, 10, 11, 94, 0),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data(data_root, name):
+    if not (Path(data_root) / name).is_dir():
+        pytest.skip(f"{name} is not in {data_root}")
+    config = CocoConfig(kind="coco", root=name, size_px=320, cache="memory")
+    found = data.load(config, search=[Path(data_root)])
+    labels = found.test.labels
+    real = labels[..., 0] >= 0
+    counts = len(found.classes), len(found.val), len(found.test), int(real.sum()), int(labels[..., 5].sum())
+    assert counts == REAL[name]
+    assert labels[..., 1:5].min() >= 0
+    assert labels[..., 1:5].max() <= 320
+    assert (labels[real][:, 3:5] - labels[real][:, 1:3] >= 2).all()
+    assert not any("misplaced" in warning for warning in found.warnings)
+    few = data.load(config.model_copy(update={"limit": 8}), search=[Path(data_root)])
+    assert np.array_equal(few.test.images, found.test.images[:8]), "a quick try takes the first of the same order"
