@@ -233,8 +233,9 @@ def rebuild(module: nn.Module, taps: Mapping[str, str], plan_: Mapping[str, Any]
 
 
 def layers(quantized: nn.Module) -> list[dict[str, Any]]:
-    """The quantized layers: path, weight_bits, activation_bits (of what the layer reads)."""
-    assert isinstance(quantized, fx.GraphModule)  # prepare makes nothing else
+    """The quantized layers: path, weight_bits, activation_bits (of what the layer reads); none of a float model."""
+    if not isinstance(quantized, fx.GraphModule):
+        return []
     modules = dict(quantized.named_modules())
     feeds = {}
     for node in quantized.graph.nodes:

@@ -7,6 +7,7 @@ import torch
 
 from edgekd.quantize.fake_quant import (
     SMALLEST_SCALE,
+    Int8Weights,
     Quantizer,
     QuantLayer,
     fake_quantize,
@@ -151,7 +152,7 @@ def test_the_gradient_passes_the_weights_unchanged():
     ],
 )
 def test_a_quantized_layer_takes_over_the_parameters(layer):
-    twin = quantized_layer(layer)
+    twin = quantized_layer(layer, Int8Weights())
     assert isinstance(twin, QuantLayer)
     assert twin.weight is layer.weight
     assert twin.bias is layer.bias

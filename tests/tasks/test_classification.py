@@ -8,14 +8,14 @@ import torch
 from pydantic import ValidationError
 
 from edgekd.errors import DataError
-from edgekd.tasks import Classification, TaskConfig, build
+from edgekd.tasks import Classification, ClassificationConfig, build
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.0, 0.0, 3.0], [5.0, 4.0, 3.0]])
 LABELS = torch.tensor([0, 2, 2, 0])  # the second one is wrong
 
 
 def test_built_from_the_recipe():
-    task = build(TaskConfig.model_validate_json('{"kind": "classification", "label_smoothing": 0.1}'))
+    task = build(ClassificationConfig.model_validate_json('{"kind": "classification", "label_smoothing": 0.1}'), None)
     assert task == Classification(label_smoothing=0.1)
     assert (task.kind, task.metric_name, task.higher_is_better, task.output_names) == (
         "classification",
@@ -25,7 +25,7 @@ def test_built_from_the_recipe():
     )
     for bad in (1.0, -0.1):
         with pytest.raises(ValidationError):
-            TaskConfig(label_smoothing=bad)
+            ClassificationConfig(label_smoothing=bad)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -36,7 +36,7 @@ def test_loss_by_hand(smoothing):
         for index, value in enumerate(row):
             weight = (1 - smoothing) * (index == label) + smoothing / 3
             total -= weight * (value - norm)
-    loss = build(TaskConfig(label_smoothing=smoothing)).loss(LOGITS, LABELS)
+    loss = build(ClassificationConfig(label_smoothing=smoothing), None).loss(LOGITS, LABELS)
     assert loss.item() == pytest.approx(total / 4, rel=1e-6)
     assert loss.shape == ()
 
