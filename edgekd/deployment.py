@@ -22,7 +22,7 @@ from edgekd import __version__, engine_parity
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
 from edgekd.data.base import Dataset
 from edgekd.display import Display
-from edgekd.engines import audit, opsets, options_dict
+from edgekd.engines import audit, encoding_for, opsets, options_dict
 from edgekd.engines import backend as find_backend
 from edgekd.errors import BuildError, EdgekdError
 from edgekd.export import lint, parity
@@ -163,7 +163,7 @@ class Deployment:
         return cell
 
     def _onnx(self, checkpoint: Checkpoint, entry: DeployConfig, precision: str) -> Artifact:
-        encoding = entry.backend.encoding if precision == "int8" else precision
+        encoding = encoding_for(entry.backend, self.host["cpu"]) if precision == "int8" else precision
         key = (checkpoint.id, encoding)
         if key not in self.exported:
             try:

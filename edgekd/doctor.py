@@ -38,7 +38,7 @@ def _int8(flags: set[str], arch: str) -> str:
     if "avx2" in flags:
         return (
             "INT8: AVX2 without VNNI. Expect 1.5 to 2 times the speed of float32, not 4; and its instruction (VPMADDUBSW) "
-            "adds pairs of products in 16 bits, which overflow with 8-bit weights: quantize weights to 7 bits."
+            "adds pairs of products in 16 bits, which overflow with 8-bit codes: edgekd writes activations of 7 bits for it."
         )
     if flags & {"i8mm", "asimddp"}:
         return "INT8: the CPU has ARM's dot products (SDOT, I8MM); wide convolutions run 2 to 4 times as fast as float32."

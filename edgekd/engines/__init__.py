@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.engines import audit, model_check
+from edgekd.engines import audit, hardware, model_check
 from edgekd.engines.base import REPORTED, Availability, Backend, Io, Session, TensorSpec, WrongMachineError, read_io
 from edgekd.engines.null import Null, NullOptions
 from edgekd.engines.onnxruntime import OnnxRuntime, OnnxRuntimeOptions
@@ -35,6 +35,7 @@ __all__ = [
     "BACKENDS",
     "OPTIONS",
     "backend",
+    "encoding_for",
     "options_from",
     "options_dict",
     "build_engine",
@@ -101,6 +102,21 @@ def backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
+def encoding_for(options: BackendOptions, cpu: Mapping[str, Any]) -> str:
+    """How an int8 graph must be written to run on integers, and right, with these options on this CPU (edgekd.export.qdq).
+
+    Args:
+        options: The backend's.
+        cpu: arch and flags of the target's CPU, from :func:`edgekd.engines.hardware.cpu`.
+    """
+    return "u7" if _on_cpu(options) and hardware.adds_in_16_bits(cpu) else options.encoding
+
+
+def _on_cpu(options: BackendOptions) -> bool:
+    """Whether the CPU's integer kernels run what is built with these options."""
+    return options.encoding == "u8" and options.name != "null"
+
+
 def options_from(data: Mapping[str, Any]) -> BackendOptions:
     """The options that a job or an engine.json describes: ``name`` and any of that backend's fields.
 
@@ -135,8 +151,8 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
 
     Returns:
         What engine.json holds: backend, precision, fingerprint, files, size_bytes, seconds, model_check (ok, or why the file was
-        not checked); reported (the library's own settings) and notes, where the backend tells; and audit, where layers.json lies
-        beside the model.
+        not checked); reported (the library's own settings), where the backend tells; notes, where it tells them or where sums
+        overflow on this CPU; and audit, where layers.json lies beside the model.
 
     Raises:
         BuildError: The file is damaged, or the backend refuses it or lacks the precision.
@@ -170,6 +186,8 @@ def build_engine(model: Path, options: BackendOptions, precision: str, out: Path
     if (out / REPORTED).is_file():
         record |= json.loads((out / REPORTED).read_text())
         (out / REPORTED).unlink()
+    if precision == "int8" and _on_cpu(options) and hardware.adds_in_16_bits(hardware.cpu()):
+        record["notes"] = [*record.get("notes", []), *model_check.overflows(model)]
     if model.with_name(audit.LAYERS).is_file():
         record["audit"] = audit.audit(model.with_name(audit.LAYERS), maker, out, options)
     (out / RECORD).write_text(json.dumps(record, indent=1))

@@ -82,7 +82,7 @@ class Options(Protocol):
 
     @property
     def encoding(self) -> str:
-        """How an int8 graph must be written for it to run on integers: u8 or s8 (edgekd.export.qdq)."""
+        """How an int8 graph must be written for it to run on integers: u8 or s8; see ``engines.encoding_for``."""
 
     @property
     def name(self) -> str:

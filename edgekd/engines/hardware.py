@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ FLAGS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 """The CPU flags that engines choose their kernels by; the last line is ARM's."""
+DOTS = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""Those of x86 whose instructions add products of 8 bits in 32."""
 
 
 def cpu(root: Path = Path("/")) -> dict[str, Any]:
@@ -38,6 +41,17 @@ def cpu(root: Path = Path("/")) -> dict[str, Any]:
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "flags": [flag for flag in FLAGS if flag in found],
     }
+
+
+def adds_in_16_bits(facts: Mapping[str, Any]) -> bool:
+    """Whether the engines' kernels for a CPU add pairs of products u8 * s8 in 16 bits, which saturate.
+
+    All of x86 without VNNI or AMX does (pmaddubsw), and x86 that does not tell its flags may; ARM does not.
+
+    Args:
+        facts: arch and flags, from :func:`cpu`.
+    """
+    return str(facts["arch"]).lower() in ("x86_64", "amd64", "i386", "i686") and not set(DOTS) & set(facts["flags"])
 
 
 def has_nvidia_driver(root: Path = Path("/")) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ LIMIT = 2**31
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "org.openvinotoolkit", "trt.plugins")
 """Operators of the standard and of the engines."""
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+_PRODUCTS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), 1),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
+}
+"""Operators that multiply activations by weights, and which of their inputs the weights are."""
+_MOVES = (
+    *("MaxPool", "Transpose", "Reshape", "Flatten", "Slice", "Split", "Squeeze", "Unsqueeze", "Concat", "Pad", "Identity"),
+    *("Gather", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"),
+)
 _EXPORT_AGAIN = "is the file whole? Copy or export it again"
 
 
@@ -113,6 +122,99 @@ def wrong_numbers(graph: Any) -> Iterator[tuple[Any, str, str]]:
                 bad = ~np.isfinite(_values(constants.get(name)))
                 if bad.any():
                     yield node, "bad-weights", f"{bad.sum()} values of {name}"
+
+
+def overflows(model: Path) -> list[str]:
+    """Layers of an int8 file whose sums may not fit on a CPU that adds pairs of products in 16 bits.
+
+    Returns:
+        One note with their number and the first of them; nothing where all fit, or onnx is not installed.
+    """
+    try:
+        graph = load(model).graph
+    except MissingDependency:
+        return []
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    makers = {name: node for node in graph.node for name in node.output}
+    layers, found = 0, []
+    for node in graph.node:
+        if node.op_type not in _PRODUCTS:
+            continue
+        weights, code = _weight_codes(node, constants, makers), _largest_code(node.input[0], constants, makers)
+        if weights is not None and code is not None:
+            layers += 1
+            if 2 * code * int(np.abs(weights.astype(np.int64)).max(initial=0)) > np.iinfo(np.int16).max:
+                found.append(node)
+    if not found:
+        return []
+    return [
+        f"outputs may be wrong: this CPU has no VNNI and adds pairs of products in 16 bits, where the codes of {len(found)} of "
+        f"{layers} int8 layers overflow, {_named(found[0])} first; export on a CPU of this kind, or quantize with weights or "
+        "activations of 7 bits"
+    ]
+
+
+def _weight_codes(node: Any, constants: Mapping[str, Any], makers: Mapping[str, Any]) -> Any:
+    """The int8 weights of a layer; None where it has none, or they are unsigned or in another file."""
+    onnx = require("onnx")
+    index = _PRODUCTS[node.op_type]
+    name = node.input[index] if len(node.input) > index else ""
+    maker = makers.get(name)
+    while maker is not None and maker.op_type in ("DequantizeLinear", "Transpose", "Reshape"):
+        name = maker.input[0]
+        maker = makers.get(name)
+    tensor = constants.get(name)
+    if tensor is None or tensor.data_type != onnx.TensorProto.INT8 or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return None
+    return onnx.numpy_helper.to_array(tensor)
+
+
+def _largest_code(name: str, constants: Mapping[str, Any], makers: Mapping[str, Any]) -> int | None:
+    """The largest code, as unsigned, that a tensor is made of, moved or not; None where it is made of no codes."""
+    found = [_code_of(maker, constants, makers) for maker in _origins(name, constants, makers)]
+    return max((code for code in found if code is not None), default=None)
+
+
+def _code_of(maker: Any, constants: Mapping[str, Any], makers: Mapping[str, Any]) -> int | None:
+    largest = int(np.iinfo(np.uint8).max)  # engines add 128 to codes of int8
+    if maker.op_type == "DequantizeLinear":
+        return _largest_code(maker.input[0], constants, makers) or largest
+    if maker.op_type == "Clip":
+        highest = _array(constants.get(maker.input[2])) if len(maker.input) > 2 else None
+        if highest is None or highest.dtype.kind == "f":
+            return None
+        return int(highest) - (np.iinfo(np.int8).min if highest.dtype == np.int8 else 0)
+    if maker.op_type == "QuantizeLinear":  # again, on the same grid, it makes the codes that there were
+        grid = [_array(constants.get(part)) for part in maker.input[1:]]
+        sources = _origins(maker.input[0], constants, makers)
+        same = [
+            source.op_type == "DequantizeLinear"
+            and all(part is not None for part in grid)
+            and grid == [_array(constants.get(part)) for part in source.input[1:]]
+            for source in sources
+        ]
+        return _largest_code(maker.input[0], constants, makers) if same and all(same) else largest
+    return largest if maker.op_type.startswith(("QLinear", "DynamicQuantize")) else None
+
+
+def _origins(name: str, constants: Mapping[str, Any], makers: Mapping[str, Any]) -> list[Any]:
+    """The nodes that made a tensor's values, before they were moved."""
+    if name not in makers:
+        return []
+    maker = makers[name]
+    nearest = maker.op_type == "Resize" and all(b"cubic" not in entry.s and b"linear" not in entry.s for entry in maker.attribute)
+    if maker.op_type not in _MOVES and not nearest:
+        return [maker]
+    return [origin for part in maker.input if part not in constants for origin in _origins(part, constants, makers)]
+
+
+def _array(tensor: Any) -> Any:
+    """A constant with one value, or None."""
+    array = None if tensor is None else require("onnx").numpy_helper.to_array(tensor)
+    return None if array is None or array.size != 1 else array.reshape(())
 
 
 def _values(tensor: Any) -> Any:

@@ -134,7 +134,7 @@ def lint(model: Any, encoding: str) -> list[Finding]:
 
     Args:
         model: An onnx.ModelProto from :func:`edgekd.export.onnx.export`, or any other.
-        encoding: float32, float16, u8 or s8: says which backends it is for.
+        encoding: float32, float16, u8, u7 or s8: says which backends it is for.
 
     Returns:
         What was found, the most costly layers first within a rule.
@@ -143,7 +143,7 @@ def lint(model: Any, encoding: str) -> list[Finding]:
     found = [*_wrong(graph)]
     if encoding == "s8":
         found += _refused(graph)
-    if encoding == "u8":
+    if encoding in ("u8", "u7"):
         found += _slow(graph)
     order = list(RULES)
     return sorted(found, key=lambda finding: (order.index(finding.rule), -finding.share))

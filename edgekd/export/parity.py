@@ -19,7 +19,7 @@ from edgekd.tasks.base import Task
 BATCH = 64
 LOCAL_IMAGES = 8
 """On so many images a file that failed is compared module by module: all their activations are in memory at once."""
-LOCAL_LIMIT = {"float32": 1e-3, "float16": 1e-2, "u8": 1e-3, "s8": 1e-3}
+LOCAL_LIMIT = {"float32": 1e-3, "float16": 1e-2, "u8": 1e-3, "u7": 1e-3, "s8": 1e-3}
 """A module that is fed with torch's values is wrong where its error is larger. Integers get no more room than floats: with equal
 inputs they round alike, but for values within float32's rounding of the middle between two codes."""
 
@@ -256,7 +256,7 @@ def where_in_file(module: nn.Module, model: Any, images: Tensor, encoding: str) 
         module: The one that was exported: the encoded one for integers.
         model: The file.
         images: Normalised, float32 [B, C, H, W].
-        encoding: float32, float16, u8 or s8.
+        encoding: float32, float16, u8, u7 or s8.
     """
     try:
         places = bisect.local_errors(module, model, images, run_once)

@@ -6,9 +6,13 @@ One trained quantization is written in the encoding that each backend runs as in
   the same grid. Where they may not, zero point 0 and half the trained step: 0..255 instead of 0..127 with the same end, a finer
   grid that has every trained value on it. With zero point 0 the ReLU disappears into the quantizer. A three-channel image gets a
   fourth channel of zeros: ONNX Runtime's integer convolution takes longer over three.
+- ``u7`` (the same two on x86 CPUs without VNNI): codes 0..127, clipped behind QuantizeLinear, because such a CPU adds pairs of
+  products in 16 bits that saturate: 2 * 127 * 127 fits, 2 * 255 * 127 does not. Where values may not be negative these are the
+  trained codes. Where they may, twice the trained step, code + 64: at most one trained step from the trained value. What is only
+  added to something has the codes of ``u8``.
 - ``s8`` (TensorRT and TensorRT-RTX): int8 with zero point 0, as trained.
 
-Biases stay float in both: ONNX Runtime and OpenVINO quantize them to int32 by themselves, and TensorRT refuses an int32
+Biases stay float in all: ONNX Runtime and OpenVINO quantize them to int32 by themselves, and TensorRT refuses an int32
 DequantizeLinear. The graph has QuantizeLinear and DequantizeLinear at activations, and DequantizeLinear behind int8 weights.
 """
 
@@ -31,11 +35,15 @@ from edgekd.quantize.fake_quant import (
     Quantizer,
     QuantLayer,
     QuantLinear,
+    fake_quantize,
     output_axis,
 )
+from edgekd.quantize.placement import ADDITIONS, Placement
 
-ENCODINGS = ("u8", "s8")
+ENCODINGS = ("u8", "u7", "s8")
 RGB = 3
+SEVEN = 127
+"""The largest code of the encoding u7."""
 
 
 @torch.library.custom_op("edgekd::dequantize", mutates_args=())
@@ -108,6 +116,23 @@ class EncodedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+class Requantizer(nn.Module):
+    """Quantizes what is on its grid already, so it needs no limits: every code of its type."""
+
+    log_scale: Tensor
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.register_buffer("log_scale", quantizer.log_scale.detach().clone())
+        self.zero_point, self.unsigned = quantizer.zero_point, quantizer.unsigned
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The same values."""
+        low, high = (0, 255) if self.unsigned else (-128, 127)
+        zero = self.zero_point
+        return fake_quantize(values, self.log_scale.exp(), zero, low - zero, high - zero, self.unsigned)
+
+
 def _store(module: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     module.register_buffer("codes", codes)
     module.register_buffer("scale", scale)
@@ -119,7 +144,7 @@ def encode(quantized: nn.Module, encoding: str) -> nn.Module:
 
     Args:
         quantized: What edgekd.quantize.stage.load gives.
-        encoding: ``u8`` or ``s8``.
+        encoding: ``u8``, ``u7`` or ``s8``.
 
     Raises:
         ExportError: The model is not a quantized one.
@@ -139,16 +164,107 @@ def encode(quantized: nn.Module, encoding: str) -> nn.Module:
             if calls[node.target] > 1:  # each call has a batch norm of its own to take
                 node.target = f"{node.target}_{node.name}"
             model.set_submodule(str(node.target), _encoded(layer, norm))
-    for part in model.modules():
-        if isinstance(part, Quantizer):
-            _store_scale(part)
-            if encoding == "u8":
-                _unsigned(part)
-    if encoding == "u8":
+    _encode_activations(model, encoding)
+    if encoding != "s8":
         _widen(model)
     model.recompile()
     model.delete_all_unused_submodules()
     return model
+
+
+@torch.no_grad()
+def coarsened(quantized: nn.Module, encoding: str) -> nn.Module:
+    """The trained model on the grids of an encoding, where one is coarser than the trained: what its file is compared with.
+
+    Args:
+        quantized: What edgekd.quantize.stage.load gives.
+        encoding: One of ``ENCODINGS``; with ``u8`` and ``s8`` no grid is coarser, and the model itself is returned.
+    """
+    if encoding != "u7" or not isinstance(quantized, fx.GraphModule):
+        return quantized
+    model = copy.deepcopy(quantized)
+    for part in _multiplied(model):
+        _store_scale(part)
+        _coarsen(part)
+    return model
+
+
+def _multiplied(model: fx.GraphModule) -> set[Quantizer]:
+    """The quantizers of what anything but an addition reads: layers, or what moves values to layers."""
+    found = set()
+    for node in model.graph.nodes:
+        part = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(part, Quantizer) and not all(user.op == "output" or user.target in ADDITIONS for user in node.users):
+            found.add(part)
+    return found
+
+
+def _encode_activations(model: fx.GraphModule, encoding: str) -> None:
+    multiplied, again = _multiplied(model), _quantized_again(model)
+    if encoding == "u7":
+        _drop_limits(model)
+    for part in model.modules():
+        if isinstance(part, Quantizer):
+            _store_scale(part)
+            if encoding == "u7" and part in multiplied:
+                _coarsen(part)
+                part.unsigned, part.zero_point = True, -part.low
+            elif encoding != "s8":
+                _unsigned(part)
+    for node in again:
+        _unclip(model, node)
+
+
+def _quantized_again(model: fx.GraphModule) -> list[fx.Node]:
+    """The calls of a quantizer on what it has made itself, moved or concatenated: they change nothing."""
+    look = Placement(model, lambda path: True)  # noqa: ARG005  the rules alone
+    made: dict[fx.Node, Quantizer | None] = {}
+    found = []
+    for node in model.graph.nodes:
+        sources = {made[part] for part in node.all_input_nodes}
+        source = sources.pop() if len(sources) == 1 else None
+        part = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(part, Quantizer):
+            if part is source:
+                found.append(node)
+            made[node] = part
+        else:
+            made[node] = source if look.moves(node) or look.concatenates(node) else None
+    return found
+
+
+def _unclip(model: fx.GraphModule, node: fx.Node) -> None:
+    """Replace such a call of a quantizer of few codes by one of all codes, for which no Clip is written."""
+    part: Any = model.get_submodule(str(node.target))
+    if part.high + part.zero_point < (255 if part.unsigned else 127):
+        node.target = f"{node.target}_again"
+        model.add_submodule(str(node.target), Requantizer(part))
+
+
+def _drop_limits(model: fx.GraphModule) -> None:
+    """Leave out a ReLU6 that a quantizer alone reads whose codes end before 6: the Clip of codes does its work.
+
+    QuantizeLinear alone reaches beyond 6 there, so ONNX Runtime would run the layer before it in float.
+    """
+    for node in list(model.graph.nodes):
+        part = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(part, Quantizer) or part.limit is None or part.signed:
+            continue
+        relu = node.all_input_nodes[0]
+        ends = relu.target is nn.functional.relu6 or (
+            relu.op == "call_module" and isinstance(model.get_submodule(str(relu.target)), nn.ReLU6)
+        )
+        if ends and list(relu.users) == [node]:
+            relu.replace_all_uses_with(relu.all_input_nodes[0])
+            model.graph.erase_node(relu)
+
+
+@torch.no_grad()
+def _coarsen(quantizer: Quantizer) -> None:
+    """At most 128 codes: with more, every second one."""
+    if quantizer.high - quantizer.low > SEVEN:
+        quantizer.low, quantizer.high = -(-quantizer.low // 2), quantizer.high // 2
+        quantizer.log_scale.add_(math.log(2))
 
 
 @torch.no_grad()

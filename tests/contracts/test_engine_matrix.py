@@ -16,11 +16,22 @@ from families import FAMILIES
 
 from edgekd.data.batches import normalise
 from edgekd.data.digits import DigitsConfig, load
-from edgekd.engines import BACKENDS, OPTIONS, WrongMachineError, audit, build_engine, hardware, onnx_layers, open_engine
+from edgekd.engines import (
+    BACKENDS,
+    OPTIONS,
+    WrongMachineError,
+    audit,
+    build_engine,
+    encoding_for,
+    hardware,
+    model_check,
+    onnx_layers,
+    open_engine,
+)
 from edgekd.export import onnx as exporting
 from edgekd.export import parity
 from edgekd.export.float16 import to_float16
-from edgekd.export.qdq import ENCODINGS, encode
+from edgekd.export.qdq import ENCODINGS, coarsened, encode
 from edgekd.export.segments import cut, differences, summary, trained_tensors
 from edgekd.export.stage import preprocessing
 from edgekd.quantize import qat
@@ -36,6 +47,7 @@ GPU = hardware.has_nvidia_driver()
 RUN_ELSEWHERE = set() if GPU else {"tensorrt_rtx"}
 """Builds here and runs on a GPU: its tests ask for that very answer."""
 
+CPU = hardware.cpu()
 COMPUTING = [name for name in OPTIONS if name not in (*RUN_ELSEWHERE, "null")]
 CELLS = [
     pytest.param(name, precision, id=f"{name}-{precision}")
@@ -143,7 +155,7 @@ def skip_unless_here(backend):
 def test_every_family_runs_everywhere(name, backend, precision, exported, made, tmp_path):
     skip_unless_here(backend)
     family, options = FAMILIES[name], OPTIONS[backend]()
-    source = exported(name, options.encoding if precision == "int8" else precision)
+    source = exported(name, encoding_for(options, CPU) if precision == "int8" else precision)
     record = build_engine(source / "model.onnx", options, precision, tmp_path)
     found = record["audit"]
     expected = list(family.float_on_onnxruntime) if (backend, precision) == ("onnxruntime", "int8") else []
@@ -171,12 +183,32 @@ def test_every_family_runs_everywhere(name, backend, precision, exported, made, 
                 assert error <= TOLERANCE[precision], f"{output}: {error}"
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_runs_on_codes_of_7_bits(name, backend, exported, made, tmp_path):
+    """As on a CPU without VNNI, whatever this one is: on integers, without a sum that such a CPU could not hold."""
+    skip_unless_here(backend)
+    family, source = FAMILIES[name], exported(name, "u7")
+    assert model_check.overflows(source / "model.onnx") == []
+    found = build_engine(source / "model.onnx", OPTIONS[backend](), "int8", tmp_path)["audit"]
+    expected = list(family.float_on_onnxruntime) if backend == "onnxruntime" else []
+    assert [row["path"] for row in found["layers"] if row["got"] != row["asked"]] == expected
+    with open_engine(tmp_path) as session:
+        batch = family.batch or 3
+        feeds = {key: value[:batch].numpy() for key, value in zip(family.inputs, made(name).inputs, strict=True)}
+        expected, received = reference(source / "model.onnx", feeds), session.infer(feeds)
+    for output, value in expected.items():
+        assert np.abs(received[output] - value).max() / np.abs(value).max() <= 2 * TOLERANCE["int8"], (
+            output
+        )  # of steps twice as large
+
+
 def segments_of(name, encoding, made, exported):
     """The cut file, its feeds, and what is needed to compare."""
     one = made(name)
     batch = FAMILIES[name].batch or 4
     inputs = tuple(value[:batch] for value in one.inputs)
-    tensors = trained_tensors(one.quantized, inputs)
+    tensors = trained_tensors(coarsened(one.quantized, encoding), inputs)
     parts = cut(onnx.load(exported(name, encoding) / "model.onnx"), tensors)
     onnx.checker.check_model(parts.model)
     parts.feeds.update({key: value.numpy() for key, value in zip(FAMILIES[name].inputs, inputs, strict=True)})
@@ -198,13 +230,19 @@ def test_every_tensor_of_the_file_is_the_trained_one(name, encoding, made, expor
     check_segments(tensors, parts, reference(tmp_path / "model.onnx", parts.feeds), record_property)
 
 
-@pytest.mark.parametrize(
-    "backend", [name for name, options in OPTIONS.items() if "int8" in options().precisions and name in COMPUTING]
-)
+INTEGERS = [
+    *((name, encoding_for(OPTIONS[name](), CPU)) for name in COMPUTING if "int8" in OPTIONS[name]().precisions),
+    *((name, "u7") for name in ("onnxruntime", "openvino")),
+]
+
+
+@pytest.mark.parametrize(("backend", "encoding"), sorted(set(INTEGERS)))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_tensor_of_the_engine_is_the_trained_one(name, backend, made, exported, digits, tmp_path, record_property):
+def test_every_tensor_of_the_engine_is_the_trained_one(
+    name, backend, encoding, made, exported, digits, tmp_path, record_property
+):
     skip_unless_here(backend)
-    parts, tensors = segments_of(name, OPTIONS[backend]().encoding, made, exported)
+    parts, tensors = segments_of(name, encoding, made, exported)
     onnx.save(parts.model, tmp_path / "model.onnx")
     (tmp_path / "io.json").write_text(json.dumps(exporting.describe(parts.model, preprocessing(digits), "int8")))
     out = tmp_path / "engine"

@@ -10,10 +10,10 @@ from torch import nn
 from edgekd.export import bisect, parity
 from edgekd.export.float16 import to_float16
 from edgekd.export.onnx import export
-from edgekd.export.qdq import encode
+from edgekd.export.qdq import ENCODINGS, encode
 
 FILES = [
-    *(("resnet8", encoding) for encoding in ("float32", "float16", "u8", "s8")),  # additions
+    *(("resnet8", encoding) for encoding in ("float32", "float16", "u8", "u7", "s8")),  # additions
     *(("mobilenetv2", encoding) for encoding in ("float32", "u8")),  # depthwise
     *(("shufflenetv2", encoding) for encoding in ("float32", "u8")),  # concatenations and splits
 ]
@@ -27,7 +27,7 @@ def file_of(twin):
     def make(name, encoding):
         if (name, encoding) not in made:
             found = twin(name)
-            module = encode(found.quantized, encoding) if encoding in ("u8", "s8") else found.module
+            module = encode(found.quantized, encoding) if encoding in ENCODINGS else found.module
             model = export(module, found.images[:2], output_names=["logits"], opset=20)
             made[name, encoding] = module, to_float16(model, None, parity.run_once)[0] if encoding == "float16" else model
         return made[name, encoding]

@@ -14,6 +14,7 @@ from edgekd.engines.base import read_io
 from edgekd.engines.preprocess import normalize
 from edgekd.errors import ExportError, ParityError
 from edgekd.export import stage
+from edgekd.export.qdq import ENCODINGS
 from edgekd.export.stage import ExportConfig
 from edgekd.quantize import qat
 from edgekd.tasks.classification import Classification
@@ -43,9 +44,9 @@ def stored(tmp_path, twin, digits, *, quantized):
     return store.find(key)
 
 
-@pytest.mark.parametrize("encoding", ["float32", "float16", "u8", "s8"])
+@pytest.mark.parametrize("encoding", ["float32", "float16", "u8", "u7", "s8"])
 def test_files_and_io(tmp_path, twin, digits, encoding):
-    checkpoint = stored(tmp_path, twin, digits, quantized=encoding in ("u8", "s8"))
+    checkpoint = stored(tmp_path, twin, digits, quantized=encoding in ENCODINGS)
     out = tmp_path / "out"
     out.mkdir()
     metrics = stage.run(ExportConfig(parity_images=64, max_changed=0.1), checkpoint, encoding, digits, Classification(), out)
@@ -55,7 +56,7 @@ def test_files_and_io(tmp_path, twin, digits, encoding):
     assert [(spec.name, spec.dtype, spec.shape) for spec in io.outputs] == [("logits", "float32", (-1, 10))]
     assert io.postprocessing == {"kind": "classification", "output": "logits", "classes": list(digits.classes)}
     precision = json.loads((out / "io.json").read_text())["precision"]
-    assert precision == ("int8" if encoding in ("u8", "s8") else encoding)
+    assert precision == ("int8" if encoding in ENCODINGS else encoding)
     onnx.checker.check_model(onnx.load(out / "model.onnx"), full_check=True)
     assert model_check.check(out / "model.onnx", io) == "ok"
     assert metrics["size_bytes"] == (out / "model.onnx").stat().st_size

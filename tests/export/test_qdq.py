@@ -1,4 +1,4 @@
-"""One trained quantization, two encodings: equal to the trained model, and run on integers by the engines."""
+"""One trained quantization, three encodings: equal to the trained model, and run on integers by the engines."""
 
 import collections
 
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from edgekd.errors import ExportError
+from edgekd.export.lint import lint
 from edgekd.export.onnx import export
-from edgekd.export.qdq import ENCODINGS, EncodedConv2d, EncodedLinear, dequantize, encode
+from edgekd.export.qdq import ENCODINGS, EncodedConv2d, EncodedLinear, coarsened, dequantize, encode
 from edgekd.quantize import qat
 from edgekd.quantize.fake_quant import Quantizer, quantized_weight
 
@@ -38,7 +39,7 @@ def inputs_of(module, images):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_quantizer_is_at_most_one_code_apart_on_real_images(twin, name, encoding):
-    """On equal inputs. s8 is the trained grid itself; u8 has a grid twice as fine where values are not negative."""
+    """On equal inputs. s8 is the trained grid itself; u8 has a finer one where values are not negative, u7 a coarser one else."""
     made = twin(name)
     encoded = quantizers(encode(made.quantized, encoding))
     trained = quantizers(made.quantized)
@@ -47,11 +48,12 @@ def test_every_quantizer_is_at_most_one_code_apart_on_real_images(twin, name, en
         with torch.no_grad():
             step = trained[path].scale()
             apart = (trained[path](values) - encoded[path](values)).abs() / step
-        assert float(apart.max()) <= 0.5 + 1e-3, path
+        coarser = encoding == "u7" and trained[path].signed
+        assert float(apart.max()) <= (1 if coarser else 0.5) + 1e-3, path
         shares.append(float((apart > 1e-3).float().mean()))
-        if encoding == "s8" or trained[path].signed:
+        if encoding == "s8" or trained[path].signed == (encoding == "u8"):
             assert shares[-1] == 0, path
-    assert (max(shares) > 0) == (encoding == "u8")
+    assert (max(shares) > 0) == (encoding != "s8")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -203,17 +205,19 @@ def test_the_file_holds_int8_and_float_biases(twin, encoding, tmp_path):
         for tensor in model.graph.initializer
         if tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not tensor.dims
     }
-    assert zeros == ({0} if encoding == "s8" else {0, 128})
+    # in u7 the shortcuts, which are only added, keep all codes
+    assert zeros == {"s8": {0}, "u8": {0, 128}, "u7": {0, 64, 128, 127}}[encoding]  # and the largest code
     parameters = sum(part.numel() for part in twin("resnet8").module.parameters())
     assert path.stat().st_size < 2 * parameters  # about a byte per weight, and the graph
 
 
+@pytest.mark.parametrize("encoding", ["u8", "u7"])
 @pytest.mark.parametrize("name", MODELS)
-def test_onnxruntime_runs_every_convolution_on_integers(twin, name, tmp_path):
+def test_onnxruntime_runs_every_convolution_on_integers(twin, name, encoding, tmp_path):
     """Read in the graph that it saves after its own rewriting: a float Conv would be the whole point missed."""
     import onnxruntime
 
-    _, path = exported(twin, name, "u8", tmp_path)
+    _, path = exported(twin, name, encoding, tmp_path)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3  # it warns that the saved file is for this kind of machine
@@ -224,12 +228,14 @@ def test_onnxruntime_runs_every_convolution_on_integers(twin, name, tmp_path):
     assert not kinds["Conv"]
     assert not kinds["FusedConv"]
     assert not kinds["Add"]  # every residual addition is QLinearAdd
+    assert bool(kinds["Clip"]) == (encoding == "u7")  # of codes, between two integer kernels
 
 
+@pytest.mark.parametrize("encoding", ["u8", "u7"])
 @pytest.mark.parametrize("name", ["resnet8", "mobilenetv2"])
-def test_openvino_runs_every_convolution_on_integers(twin, name, tmp_path):
+def test_openvino_runs_every_convolution_on_integers(twin, name, encoding, tmp_path):
     openvino = pytest.importorskip("openvino")
-    _, path = exported(twin, name, "u8", tmp_path)
+    _, path = exported(twin, name, encoding, tmp_path)
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     precisions = []
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -252,6 +258,111 @@ def test_onnxruntime_gives_what_torch_gives(twin, encoding, tmp_path):
         expected = encode(made.quantized, encoding)(made.images).numpy()
     assert np.abs(received - expected).max() / np.abs(expected).max() < 0.06
     assert (received.argmax(1) == expected.argmax(1)).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_layer_of_u7_reads_a_code_above_127(twin, name, tmp_path):
+    """Also of images far beyond what was calibrated; then two products fit in 16 bits, whichever two are added."""
+    import onnxruntime
+
+    model, _ = exported(twin, name, "u7", tmp_path)
+    makers = {output: node for node in model.graph.node for output in node.output}
+    read = {makers[node.input[0]].input[0] for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")}
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(each, onnx.TensorProto.UINT8, None) for each in sorted(read))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    codes = session.run(None, {"images": twin(name).images[:2].numpy() * 50})
+    assert max(int(each.max()) for each in codes) == 127
+    assert 2 * 127 * 127 <= np.iinfo(np.int16).max < 2 * 255 * 127
+
+
+@pytest.mark.parametrize(
+    ("options", "codes", "wider"),
+    [
+        ({"signed": False}, (0, 127), 1),
+        ({"signed": True}, (0, 127), 2),
+        ({"signed": False, "bits": 4}, (0, 15), 1),
+        ({"signed": True, "bits": 4}, (0, 15), 1),
+        ({"signed": True, "bits": 7}, (0, 127), 1),
+        ({"signed": False, "end": 1.0, "whole": True}, (0, 127), 2),
+    ],
+)
+def test_codes_of_u7(options, codes, wider):
+    """What has at most 128 codes keeps its step."""
+    model = nn.Sequential(Quantizer(learned=False, **options), nn.Conv2d(1, 1, 1))
+    traced = torch.fx.GraphModule(model, Leaves().trace(model))
+    (encoded,) = quantizers(encode(traced, "u7")).values()
+    assert (encoded.low + encoded.zero_point, encoded.high + encoded.zero_point) == codes
+    assert float(encoded.scale().detach() / model[0].scale().detach()) == pytest.approx(wider)
+    values = torch.linspace(model[0].low, model[0].high, 1001) * model[0].scale().detach()
+    apart = (encoded(values) - model[0](values)).abs().max() / model[0].scale()
+    assert float(apart) <= wider - 1 + 1e-3
+
+
+class Leaves(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, Quantizer) or super().is_leaf_module(module, name)
+
+
+@pytest.mark.parametrize("relu6", [nn.ReLU6(), nn.functional.relu6], ids=["module", "function"])
+def test_a_relu6_is_left_to_the_clip_of_codes(relu6, tmp_path):
+    """Behind a plain ReLU6, QuantizeLinear to all of 0..255 reaches beyond 6, and the convolution would run in float."""
+    import onnxruntime
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+            self.relu6 = relu6
+
+        def forward(self, x):
+            return self.last(self.relu6(self.other(self.relu6(self.one(x)))))
+
+    torch.manual_seed(0)
+    images = 20 * torch.randn(4, 3, 8, 8)
+    quantized = qat.prepare(Net().eval(), {}, qat.QuantizerConfig(), images)
+    qat.calibrate(quantized, [images])
+    with torch.no_grad():
+        expected, received = quantized.eval()(images), encode(quantized, "u7")(images)
+    assert float((expected - received).abs().max() / expected.abs().max()) < 0.05
+    path = tmp_path / "model.onnx"
+    onnx.save(export(encode(quantized, "u7"), images, output_names=["logits"], opset=20), path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = collections.Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert kinds["QLinearConv"] == 2  # the last one's result is float
+    assert np.abs(session.run(None, {"images": images.numpy()})[0] - received.numpy()).max() < 0.02 * float(received.abs().max())
+
+
+def test_only_u7_has_coarser_grids(twin):
+    made = twin("resnet8")
+    assert coarsened(made.quantized, "u8") is coarsened(made.quantized, "s8") is made.quantized
+    trained, coarse = quantizers(made.quantized), quantizers(coarsened(made.quantized, "u7"))
+    encoded = quantizers(encode(made.quantized, "u7"))
+    ratios = {path: float(coarse[path].scale().detach() / part.scale().detach()) for path, part in trained.items()}
+    assert {round(ratio, 4) for ratio in ratios.values()} == {1, 2}
+    assert all(trained[path].signed for path, ratio in ratios.items() if ratio > 1.5)
+    for path, part in encoded.items():
+        assert float(part.scale().detach()) in (
+            pytest.approx(float(coarse[path].scale().detach())),
+            pytest.approx(float(coarse[path].scale().detach()) / 2),  # only added: in u8
+        )
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2"])
+def test_the_linter_finds_as_little_in_u7_as_in_u8(twin, name, tmp_path):
+    found = {encoding: lint(exported(twin, name, encoding, tmp_path)[0], encoding) for encoding in ("u8", "u7")}
+    assert found["u7"] == found["u8"]
+
+
+def test_what_is_moved_is_clipped_once(twin, tmp_path):
+    """vgg8 quantizes what comes out of max pooling and flattening again, with the quantizer of what went in."""
+    model, _ = exported(twin, "vgg8", "u7", tmp_path)
+    kinds = collections.Counter(node.op_type for node in model.graph.node)
+    assert kinds["MaxPool"] > 0
+    assert kinds["Clip"] == kinds["QuantizeLinear"] - kinds["MaxPool"] - 1
 
 
 def test_a_three_channel_image_gets_a_fourth_of_zeros(twin):

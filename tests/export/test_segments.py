@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from edgekd.errors import ParityError
 from edgekd.export import parity, segments
 from edgekd.export.onnx import export
-from edgekd.export.qdq import ENCODINGS, encode
+from edgekd.export.qdq import ENCODINGS, coarsened, encode
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def file(twin):
         made = twin("resnet8")
         images = made.images[:4]
         model = export(encode(made.quantized, encoding), images, output_names=["logits"], opset=20)
-        return model, segments.trained_tensors(made.quantized, [images]), images.numpy()
+        return model, segments.trained_tensors(coarsened(made.quantized, encoding), [images]), images.numpy()
 
     return make
 

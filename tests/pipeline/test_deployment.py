@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgekd.deployment import check_budget, slower_than_float
+from edgekd.deployment import Deployment, check_budget, slower_than_float
+from edgekd.engines import OPTIONS
 from edgekd.recipe import BudgetConfig
 
 FLOAT = {"backend_name": "openvino", "role": "student", "precision": "float32"}
@@ -87,3 +88,19 @@ def test_memory_that_cannot_be_read_meets_no_limit(budget):
 
 def test_a_size_is_what_it_is_even_where_the_machine_was_disturbed(budget):
     assert budget({"size_mib": 2.0}, ("onnxruntime", 4.0, 50.0, False))["ok"]
+
+
+@pytest.mark.parametrize(("flags", "encoding"), [(["avx2"], "u7"), (["avx2", "avx_vnni"], "u8")])
+def test_int8_is_exported_in_the_encoding_of_the_cpu(flags, encoding):
+    def export(_, encoding):
+        asked.append(encoding)
+
+    asked = []
+    run = SimpleNamespace(
+        host={"cpu": {"arch": "x86_64", "flags": flags}}, exported={}, _export=export, _say_findings=lambda *_: None
+    )
+    for name in ("onnxruntime", "openvino", "tensorrt_rtx"):
+        for precision in ("int8", "float32"):
+            entry = SimpleNamespace(backend=OPTIONS[name]())
+            Deployment._onnx(run, SimpleNamespace(id="ab"), entry, precision)
+    assert asked == [encoding, "float32", "s8"]  # each file once

@@ -165,7 +165,7 @@ def test_the_simulation_is_the_trained_model(options):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("encoding", ["u8", "s8"])
+@pytest.mark.parametrize("encoding", ["u8", "u7", "s8"])
 def test_codes_of_up_to_7_bits_are_the_trained_ones(encoding, bits):
     found = quantized(bits=bits)
     encoded = encode(found, encoding)
