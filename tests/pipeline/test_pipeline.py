@@ -189,7 +189,7 @@ def test_an_engine_that_is_not_what_was_asked_fails_and_allow_fallback_measures_
 
 def test_what_keeps_layers_from_integers_is_a_warning_with_their_paths(tiny, run):
     tiny.pop("compare")
-    tiny["stages"] = [tiny["stages"][0], {**tiny["stages"][2], "quantizer": {"skip": ["stage2.*"]}}]
+    tiny["stages"] = [tiny["stages"][0], {**tiny["stages"][2], "quantizer": {"kind": "int8", "skip": ["stage2.*"]}}]
     tiny["deploy"] = [{"backend": {"name": "onnxruntime"}, "precision": ["int8"]}]
     outcome, recorder = run(tiny, smoke=True)
     expected = (
