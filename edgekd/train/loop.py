@@ -219,7 +219,7 @@ def _mean_terms(fabric: Fabric, sums: Mapping[str, float], steps: int) -> dict[s
     return dict(zip(sums, means.tolist(), strict=True))
 
 
-def evaluate(model: nn.Module, split: Split, setting: Setting, most: int = 250) -> float:
+def evaluate(model: nn.Module, split: Split, setting: Setting, batch_size: int = 250) -> float:
     """The task's metric of a model on a split, over all processes; the model's mode is left as it was."""
     fabric, data = setting.fabric, setting.dataset
     was_training = model.training
@@ -229,7 +229,7 @@ def evaluate(model: nn.Module, split: Split, setting: Setting, most: int = 250) 
     with torch.no_grad():
         for images, labels in eval_batches(
             split,
-            eval_batch_size(split, most),
+            eval_batch_size(split, batch_size),
             mean=data.mean,
             std=data.std,
             rank=fabric.global_rank,

@@ -82,10 +82,12 @@ def test_evaluate_errors(outputs, expected):
     assert expected in caught.value.message
 
 
-def test_decisions():
-    found = Classification().decisions(LOGITS.numpy())
-    assert found.tolist() == [0, 1, 2, 0]
-    assert found.dtype == np.int64
+def test_changed_decisions():
+    logits = LOGITS.numpy()
+    other = logits.copy()
+    other[1, 2] = 9.0  # image 1: class 2 instead of 1
+    assert Classification().changed(logits, logits) == 0
+    assert Classification().changed(logits, other) == 0.25
 
 
 WORKER = """
