@@ -56,6 +56,8 @@ STAGES: dict[type, Any] = {
 }
 # Libraries that shape a checkpoint; another version of one of them means another id.
 TRAINING_LIBRARIES = ("torch", "lightning-fabric", "torch-pruning")
+# What of a task matters to engines alone.
+DEPLOYED = {"confidence", "nms"}
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ class Run:
                 "inputs": inputs,
                 "data": self.dataset.fingerprint,
                 "augment": self.recipe.data.augment.model_dump(mode="json"),
-                "task": self.recipe.task.model_dump(mode="json"),
+                "task": self.recipe.task.model_dump(mode="json", exclude=DEPLOYED),
                 "seed": self.recipe.seed,
                 "compute": compute,
                 "versions": {"edgekd": __version__, **versions},

@@ -17,6 +17,7 @@ from edgekd.artifacts import whole_folder
 from edgekd.bundle.folder import ENGINE, GOLDEN, MODEL, Bundle, Golden, hide_paths, open_bundle, write_manifest
 from edgekd.engines import audit, backend, options_dict, read_engine
 from edgekd.engines.base import Array
+from edgekd.engines.detections import OUTPUT
 from edgekd.engines.postprocess import postprocess
 from edgekd.errors import BuildError, EdgekdError, ParityError
 from edgekd.jobs import BuildJob, JobResult, PredictJob
@@ -136,7 +137,8 @@ def _compare(bundle: Bundle, engine: Path, *, exact: bool) -> Checked:
         raise bundle.cannot_run(result.reason, result.hint if result.hint.startswith("run:") else "")
     if result.status != "ok":
         raise EdgekdError(f"the engine of {bundle.folder} failed: {result.error}", hint=result.hint)
-    error = max(_error(name, expected, outputs) for name, expected in golden.outputs.items())
+    # rounding may swap two boxes of a graph: they count as decisions
+    error = max(_error(name, expected, outputs) for name, expected in golden.outputs.items() if name != OUTPUT)
     equal = all(np.array_equal(expected, outputs[name]) for name, expected in golden.outputs.items())
     allowed, changed = bundle.manifest["golden"]["max_error"], _changed(bundle, golden, outputs)
     found = f"{changed} of {len(golden.images)} decisions changed, largest difference {error:.1e} of the outputs' range"

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgekd.engines.audit import LAYERS
 from edgekd.engines.base import DYNAMIC, native_log
+from edgekd.engines.detections import ADDED
 from edgekd.errors import BuildError
 
 FILE = "engine.trt"
@@ -155,6 +156,11 @@ class Build:
         paths = module_paths(self._model, names)
         where = f" at {_list(describe(name, paths) for name in names)}" if names else ""
         blamed = _list(paths.get(name, name) for name in names) or "the layer that build.log names"
+        if any(name.startswith(ADDED) for name in names):
+            raise BuildError(
+                f"{self._name} cannot build {self._model} for {target}{where}: {reason}",
+                hint="leave the suppression of boxes to edgekd.engines.postprocess: task.nms: outside",
+            )
         raise BuildError(
             f"{self._name} cannot build {self._model} for {target}{where}: {reason}",
             hint=f"try another precision{way_out}, or keep {blamed} in float through quantizer.skip; see build.log",

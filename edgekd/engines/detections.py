@@ -24,6 +24,10 @@ from edgekd.errors import DataError
 
 BOX = 5
 """Values of a prediction before its classes."""
+OUTPUT = "detections"
+"""What a graph that suppresses by itself calls its boxes (``nms: graph``)."""
+ADDED = "nms/"
+"""How the names of the nodes begin that suppress in a graph."""
 CANDIDATES = 3000
 """Of an image; with more, those with the best scores are looked at."""
 
@@ -82,6 +86,17 @@ def detect(predictions: Array, heads: Heads, *, confidence: float, iou: float, m
             hint=f"for images of {heads.size_px} px with strides {list(heads.strides)}",
         )
     return [_one(each.astype(np.float32), heads, confidence, iou, most) for each in predictions]
+
+
+def unpadded(rows: Array) -> list[NDArray[np.float32]]:
+    """The boxes of every image, as :func:`detect` gives them, from a graph's output: [N, M, 6], where class -1 is no box.
+
+    Raises:
+        DataError: The output has another shape.
+    """
+    if rows.ndim != 3 or rows.shape[2] != 6:
+        raise DataError(f"the output {OUTPUT!r} has shape {list(rows.shape)}; expected [N, boxes, 6]")
+    return [each[each[:, 5] >= 0].astype(np.float32) for each in rows]
 
 
 def _one(predictions: NDArray[np.float32], heads: Heads, confidence: float, iou: float, most: int) -> NDArray[np.float32]:

@@ -64,7 +64,8 @@ def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] 
         outputs: Output name to array, one row per image.
         postprocessing: ``kind`` and its parameters. ``classification``: ``output`` (whose rows are logits) and ``classes`` (their
             names in the order of the logits). ``detection``: ``output`` (raw predictions), ``classes``, ``size_px``, ``strides``,
-            ``anchors``, ``confidence``, ``iou`` and ``most`` (edgekd.engines.detections).
+            ``anchors``, ``confidence``, ``iou`` and ``most`` (edgekd.engines.detections); ``nms`` is ``graph`` where the engine
+            gives ``detections`` too, which are read then.
 
     Raises:
         DataError: io.json does not say what the outputs mean, the kind is not known here, or the output is not what it says.
@@ -74,14 +75,17 @@ def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] 
     kind = postprocessing.get("kind")
     if kind not in ("classification", "detection"):
         raise DataError(f"postprocessing kind {kind!r}; this edgekd knows classification and detection")
-    name, classes = postprocessing["output"], tuple(postprocessing["classes"])
+    in_graph = postprocessing.get("nms") == "graph"
+    name, classes = detections.OUTPUT if in_graph else postprocessing["output"], tuple(postprocessing["classes"])
     if name not in outputs:
         raise DataError(f"expected an output {name!r}; the engine gave {', '.join(outputs) or 'none'}")
     values = np.asarray(outputs[name], np.float32)
     if kind == "classification":
         return _classified(name, values, classes)
     options = {key: postprocessing[key] for key in ("confidence", "iou", "most")}
-    boxes = detections.detect(values, detections.heads_from(postprocessing), **options)
+    boxes = (
+        detections.unpadded(values) if in_graph else detections.detect(values, detections.heads_from(postprocessing), **options)
+    )
     return Detected(tuple(boxes), classes, float(options["confidence"]))
 
 

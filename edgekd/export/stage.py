@@ -17,7 +17,7 @@ from edgekd.data.base import Dataset
 from edgekd.data.batches import normalise
 from edgekd.engines import onnx_layers, opsets
 from edgekd.errors import ParityError
-from edgekd.export import float16, lint, onnx, parity, segments
+from edgekd.export import float16, lint, nms, onnx, parity, segments
 from edgekd.export.qdq import ENCODINGS, coarsened, encode
 from edgekd.export.simulate import simulated
 from edgekd.quantize import stage as quantize_stage
@@ -86,8 +86,6 @@ def run(
     path = folder / "model.onnx"
     onnx.save(model, path)
     write_json(folder / "layers.json", onnx_layers.layers(model))
-    io = onnx.describe(model, preprocessing(dataset), "int8" if integers else PRECISIONS.get(encoding, encoding))
-    write_json(folder / "io.json", {**io, "postprocessing": task.postprocessing(dataset.classes)})
     findings = lint.lint(model, encoding)
     write_json(folder / "lint.json", lint.as_json(findings))
     lint.refuse(findings)
@@ -109,6 +107,12 @@ def run(
     if encoding == "float16":
         result["kept_float32"] = [asdict(entry) for entry in kept]
     write_json(folder / "parity.json", result)
+    postprocessing = task.postprocessing(dataset.classes)
+    if postprocessing.get("nms") == "graph":
+        nms.attach(model, postprocessing)
+        onnx.save(model, path)
+    io = onnx.describe(model, preprocessing(dataset), "int8" if integers else PRECISIONS.get(encoding, encoding))
+    write_json(folder / "io.json", {**io, "postprocessing": postprocessing})
     return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
 
 

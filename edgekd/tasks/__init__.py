@@ -37,4 +37,4 @@ def build(config: AnyTask, data: Dataset) -> Task:
     )
     gains = Gains(config.box_gain, config.objectness_gain, config.class_gain)
     heads = Heads(data.height, tuple(config.strides), anchors)
-    return Detection(heads, data.num_classes, config.iou, config.confidence, gains)
+    return Detection(heads, data.num_classes, config.iou, config.confidence, gains, config.nms)

@@ -24,6 +24,10 @@ from edgekd.tasks.yolo_loss import Gains, detection_loss
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+SAME = 0.95
+"""Two computations of one box overlap at least so much."""
+ROUNDED = 0.005
+"""Share of boxes that rounding may put on the other side of a threshold; one box always may."""
 ANCHORS = 3
 """Of a head, where they are fitted."""
 
@@ -40,6 +44,9 @@ class DetectionConfig(Config):
     """Non-maximum suppression: of two boxes of a class that overlap more, the worse is dropped."""
     confidence: float = Field(0.25, gt=0, lt=1)
     """Smallest score of a box that a user acts on; the metric looks at all from 0.001."""
+    nms: Literal["outside", "graph"] = "outside"
+    """Who suppresses: edgekd.engines.postprocess with NumPy, or the engine, which then gives ``detections`` [B, 300, 6] beside
+    the raw predictions; every engine is held to the same boxes."""
     box_gain: float = Field(0.05, ge=0)
     """Weight of the boxes' places in the loss."""
     objectness_gain: float = Field(1.0, ge=0)
@@ -66,6 +73,7 @@ class Detection:
     iou: float = 0.6
     confidence: float = 0.25
     gains: Gains = field(default_factory=Gains)
+    nms: Literal["outside", "graph"] = "outside"
 
     kind: ClassVar[str] = "detection"
     metric_name: ClassVar[str] = "mAP50"
@@ -119,8 +127,21 @@ class Detection:
                 f"{bad} of {predictions.size} values of the output {name!r} are not finite",
                 hint="use a precision with a wider range",
             )
+        if detections.OUTPUT in outputs:
+            self._same_boxes(predictions, outputs[detections.OUTPUT])
         half, whole = average_precisions(self.detect(predictions, self.LEAST), labels, self.classes)
         return {"mAP50": half, "mAP50_95": whole}
+
+    def _same_boxes(self, predictions: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:
+        """Hold a graph's boxes against those that its raw predictions give."""
+        expected, received = self.detect(predictions, self.confidence), detections.unpadded(rows)
+        most = sum(max(len(a), len(b)) for a, b in zip(expected, received, strict=True))
+        alone = sum(detections.unmatched(a, b, iou=SAME) for a, b in zip(expected, received, strict=True))
+        if alone > max(1, ROUNDED * most):
+            raise DataError(
+                f"{alone} of {most} boxes of the output {detections.OUTPUT!r} are not those of the raw predictions",
+                hint="use task.nms: outside with this backend and precision",
+            )
 
     def changed(self, expected: npt.NDArray[Any], received: npt.NDArray[Any]) -> float:
         """The share of boxes that a user would act on which have no partner on the other side."""
@@ -142,6 +163,7 @@ class Detection:
             "confidence": self.confidence,
             "iou": self.iou,
             "most": MOST,
+            "nms": self.nms,
         }
 
 

@@ -11,7 +11,7 @@ from edgekd import recipe as recipes
 from edgekd.bundle import open_bundle
 from edgekd.bundle.check import check
 from edgekd.bundle.make import Choice, make
-from edgekd.engines.postprocess import Detected
+from edgekd.engines.postprocess import Detected, postprocess
 from edgekd.errors import RecipeError
 
 SIZE = 64
@@ -42,7 +42,7 @@ def rectangles(root, split, count, seed):
 def detection(root, **changes):
     return {
         "name": "boxes",
-        "task": {"kind": "detection", "strides": [4], "objectness_gain": 20.0},
+        "task": {"kind": "detection", "strides": [4], "objectness_gain": 20.0, "nms": "graph"},
         "data": {
             "kind": "coco",
             "root": str(root),
@@ -109,6 +109,9 @@ def test_a_bundle_finds_boxes_without_torch(done, tmp_path):
     assert isinstance(found, Detected)
     assert found.classes == ("bright", "dark")
     assert len(found.boxes) == len(golden.images)
+    outside = postprocess(golden.outputs, {**bundle.io.postprocessing, "nms": "outside"})
+    assert found.changed(outside) == 0, "the graph's boxes are those of its raw predictions"
+    assert any(len(boxes) for boxes in found.boxes)
 
 
 @pytest.mark.parametrize(
