@@ -63,11 +63,8 @@ class Deployment:
         self.exported: dict[tuple[str, str], Artifact | EdgekdError] = {}
         self.references: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
         """What each ONNX file gives for the images on which engines are compared with it."""
-        readers: dict[str, str] = {
-            entry.backend.name: find_backend(entry.backend.name).available().version for entry in recipe.deploy
-        }
-        self.opset = recipe.export.opset or opsets.choose(readers)
-        record["warnings"] += opsets.beyond(self.opset, readers)
+        self.opset = opset(recipe)
+        record["warnings"] += opsets.beyond(self.opset, _readers(recipe))
         self.slower: list[str] = []
         """What was compressed and did not get faster: the run has failed, and says so."""
 
@@ -391,6 +388,16 @@ class Deployment:
         if result.status != "ok":
             raise _NotDoneError(result)
         return result
+
+
+def opset(recipe: Recipe) -> int:
+    """Of all ONNX files of a run."""
+    return recipe.export.opset or opsets.choose(_readers(recipe))
+
+
+def _readers(recipe: Recipe) -> dict[str, str]:
+    """Backend -> its version, of all that the recipe names."""
+    return {entry.backend.name: find_backend(entry.backend.name).available().version for entry in recipe.deploy}
 
 
 def slower_than_float(cells: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> list[str]:

@@ -23,7 +23,7 @@ from edgekd import data as data_kinds
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, file_sha256, write_json
 from edgekd.bench.host import describe as describe_host
 from edgekd.data.base import Dataset, Split
-from edgekd.deployment import Deployment
+from edgekd.deployment import Deployment, opset
 from edgekd.display import Display
 from edgekd.distill import stage as distill_stage
 from edgekd.distill.stage import DistillConfig
@@ -37,13 +37,14 @@ from edgekd.quantize import ladder, ptq
 from edgekd.quantize import stage as quantize_stage
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
-from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig
+from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig, has_latency_budget
 from edgekd.tasks import build as build_task
+from edgekd.timing import EngineTimer
 from edgekd.train import checkpoint as checkpoints
 from edgekd.train import stage as finetune_stage
 from edgekd.train.hardware import check_processes, rank
 from edgekd.train.loop import evaluate
-from edgekd.train.stage import Context, FinetuneConfig, Trained, fresh
+from edgekd.train.stage import Context, EngineTime, FinetuneConfig, Trained, fresh
 
 RUN = "run.json"
 # The stage's config type says which function runs it.
@@ -114,6 +115,7 @@ class Run:
             say=display.say,
             warn=display.warn,
         )
+        self.context.engine_time = self._engine_time
         self.order = 0
         self.started = time.monotonic()
         self.record: dict[str, Any] = self._header(loaded, command)
@@ -234,6 +236,8 @@ class Run:
             "source": source.id if source is not None else self._model_inputs(model),
             "teacher": teacher.id if teacher is not None and uses_teacher else None,
         }
+        if has_latency_budget(stage):  # its result holds for this machine alone
+            inputs["cpu"] = self.record["environment"]["cpu"]
         return self._checkpoint(
             stage.model_dump(mode="json"), role=role, name=name, inputs=inputs, parents=tuple(p.id for p in parents), make=make
         )
@@ -354,6 +358,11 @@ class Run:
         title = architecture["call"] if architecture["name"] == "callable" else architecture["name"]
         self.record["models"].append({"role": role, "stage": name, "title": title, "folder": artifact.folder.name})
         self.save()
+
+    def _engine_time(self, model: checkpoints.Loaded) -> EngineTime:
+        entry = next(entry for entry in self.recipe.deploy if "int8" in entry.precision)  # there is one: the recipe's check
+        cpu, folder = self.record["environment"]["cpu"], self.store.root / "work" / "timing"
+        return EngineTimer(entry, self.recipe.measure, self.dataset, self.task, opset(self.recipe), cpu, folder)(model)
 
     def _load_teacher(self, checkpoint: Checkpoint) -> checkpoints.Loaded:
         if self._teacher is None:

@@ -284,7 +284,21 @@ def _check_order(recipe: Recipe) -> list[Problem]:
         trained = True
         if isinstance(stage, QuantizeConfig | PtqConfig):
             quantized = stage.kind
+        if has_latency_budget(stage) and not any("int8" in entry.precision for entry in recipe.deploy):
+            problems.append(
+                Problem(
+                    ("stages", number, "quantizer", "budget", "latency_ms"),
+                    "no engine in int8 is deployed whose latency could be measured",
+                    "add a deploy entry with int8, or give size_mb or bops_g",
+                )
+            )
     return problems
+
+
+def has_latency_budget(stage: object) -> bool:
+    """Whether a stage quantizes within a latency, which is measured."""
+    budget = getattr(getattr(stage, "quantizer", None), "budget", None)
+    return budget is not None and budget.latency_ms is not None
 
 
 def _check_deploy(recipe: Recipe) -> list[Problem]:

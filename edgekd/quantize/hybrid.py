@@ -37,17 +37,21 @@ MEGA, GIGA = 1e6, 1e9
 
 
 class BitBudgetConfig(Config):
-    """What the bits may cost; one of the two."""
+    """What the bits may cost; one of the three."""
 
     size_mb: float | None = Field(None, gt=0)
     """Largest size of all weights, at the bits trained, in megabytes of 10^6 bytes."""
     bops_g: float | None = Field(None, gt=0)
     """Most bit operations for one image, in units of 10^9."""
 
+    latency_ms: float | None = Field(None, gt=0)
+    """Largest median latency of the engine of the first deploy entry with int8, milliseconds; bits below 8 save none, so it
+    decides how many layers stay in float, and `threshold` gives the others their bits."""
+
     @model_validator(mode="after")
     def _one(self) -> BitBudgetConfig:
-        if (self.size_mb is None) == (self.bops_g is None):
-            raise ValueError("give one of size_mb and bops_g")
+        if sum(value is not None for value in (self.size_mb, self.bops_g, self.latency_ms)) != 1:
+            raise ValueError("give one of size_mb, bops_g and latency_ms")
         return self
 
 
@@ -66,7 +70,7 @@ class HybridConfig(Config):
     k_max: int = Field(7, ge=2, le=8)
     """Most bits of a layer; up to 7 every engine stores the trained codes exactly in int8."""
     budget: BitBudgetConfig | None = None
-    """Find the threshold that meets it; `threshold` is then not used."""
+    """Find the threshold that meets it; `threshold` is then not used, but with `latency_ms`."""
     placement: Literal["engine", "official"] = "engine"
     """Quantize everything that an engine needs to run on integers, or behind ReLUs only, as published."""
     restore_scale: Literal["auto", "always", "never"] = "auto"
@@ -123,10 +127,9 @@ def find_bits(config: HybridConfig, traced: fx.GraphModule, placement: Placement
     paths = placement.layers
     if config.bits is not None:
         return dict.fromkeys(paths, config.bits)
-    weights = {path: traced.get_parameter(f"{path}.weight").detach().float().cpu().numpy().ravel() for path in paths}
-    distortions = bit_search.Distortions(weights, space=config.space)
+    distortions = _distortions(config, traced, paths)
     official = config.placement == "official"
-    if config.budget is None:
+    if config.budget is None or config.budget.latency_ms is not None:
         return distortions.bits(config.threshold, k_min=config.k_min, k_max=config.k_max, clip_fallback=not official)
     rows = bops.rows(traced, example)
 
@@ -142,6 +145,17 @@ def find_bits(config: HybridConfig, traced: fx.GraphModule, placement: Placement
     return bit_search.meet_budget(
         distortions, cost, limit, k_min=config.k_min, k_max=config.k_max, name=f"quantizer.budget.{what}"
     )
+
+
+def _distortions(config: HybridConfig, model: nn.Module, paths: Iterable[str]) -> bit_search.Distortions:
+    weights = {path: model.get_parameter(f"{path}.weight").detach().float().cpu().numpy().ravel() for path in paths}
+    return bit_search.Distortions(weights, space=config.space)
+
+
+def errors(config: HybridConfig, float_model: nn.Module, bits: Mapping[str, int]) -> dict[str, float]:
+    """Module path -> the distortion of the layer's weights at its bits times their number, of every layer in ``bits``."""
+    found = _distortions(config, float_model, bits)
+    return {path: found.table[path][width - bit_search.WIDTHS[0]] * found.sizes[path] for path, width in bits.items()}
 
 
 def scheme(config: HybridConfig, placement: Placement, path: str, bits: int) -> DorefaWeights:

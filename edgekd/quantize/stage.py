@@ -21,12 +21,15 @@ from edgekd.distill import MethodConfig
 from edgekd.distill.stage import fit
 from edgekd.errors import TrainingError
 from edgekd.nn.layers import layer_table
-from edgekd.quantize import hybrid, qat
+from edgekd.quantize import hybrid, latency, qat
 from edgekd.quantize.fake_quant import QuantLayer, output_axis
 from edgekd.quantize.hybrid import HybridConfig
 from edgekd.train.checkpoint import Loaded, build_float, load_weights, read_architecture
 from edgekd.train.optim import TrainConfig
 from edgekd.train.stage import Context, Trained
+
+LATENCY_IMAGES = 32
+"""Calibration images of engines that are only timed."""
 
 
 class QuantizeConfig(Config):
@@ -83,9 +86,9 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
     if config.method is not None:
         twin = Loaded(copy.deepcopy(source.module), source.taps, source.architecture)
         teacher = context.teacher() if config.teacher == "teacher" and context.teacher is not None else twin
-    loaded = prepare(config.quantizer, source)
+    quantizer, evidence = within_latency(config.quantizer, source, context, work)
+    loaded = prepare(quantizer, source)
     assert isinstance(loaded.module, fx.GraphModule)
-    evidence: dict[str, Any] = {}
     if isinstance(config.quantizer, HybridConfig):
         evidence["hybrid"] = hybrid.account(source.module, loaded.module, source.architecture.example())
         count = config.quantizer.recalibration_batches
@@ -102,6 +105,35 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
         task_weight=config.task_weight,
     )
     return Trained(loaded, history, layers(loaded.module), evidence)
+
+
+def within_latency(
+    quantizer: qat.AnyQuantizer, source: Loaded, context: Context, work: Path
+) -> tuple[qat.AnyQuantizer, dict[str, Any]]:
+    """The quantizer with the layers that a latency budget leaves in float, and how they were found; unchanged without one."""
+    if not isinstance(quantizer, HybridConfig) or quantizer.budget is None or quantizer.budget.latency_ms is None:
+        return quantizer, {}
+    limit, engine_time = quantizer.budget.latency_ms, context.engine_time
+    assert engine_time is not None  # the recipe's check
+    images = list(calibration_batches(context.dataset, LATENCY_IMAGES))
+    bits = hybrid.layer_bits(prepare(quantizer, source).module)
+
+    def keeping(paths: list[str]) -> HybridConfig:
+        return quantizer.model_copy(update={"skip": [*quantizer.skip, *paths]})
+
+    def make(paths: list[str]) -> Loaded:
+        made = qat.prepare(source.module, source.taps, keeping(paths), source.architecture.example(), bits)
+        qat.calibrate(made, images)
+        return _described(made, source)
+
+    def find() -> dict[str, Any]:
+        errors = hybrid.errors(quantizer, source.module, bits)
+        return latency.search(limit, errors, source, make, engine_time, context.say)
+
+    # one process looks, and all go its way
+    found = latency.remembered(work, find) if context.fabric.is_global_zero else {}
+    found = context.fabric.broadcast(found)
+    return keeping(found["kept"]), {"latency": found}
 
 
 def recalibration_batches(context: Context, batch_size: int, count: int) -> Iterator[Tensor]:

@@ -45,6 +45,7 @@ def build(models: list[dict[str, Any]], engines: list[dict[str, Any]], files: Fi
             {"title": engine["title"], "size_bytes": engine["size_bytes"], "latency_ms": (engine["latency_ms"] or {}).get("p50")}
             for engine in integer
         ],
+        "latency": artifact.metrics.get("latency"),
         "folder": artifact.folder.name,
     }
 
@@ -65,6 +66,18 @@ def layers(found: dict[str, Any]) -> Table:
     heads = "|".join(f"executed: {title}".replace("|", "/") for title in titles)
     columns = "layer|weight bits trained >|activation bits read >|weight bits stored >"
     return table(columns + (f"|{heads}" if heads else ""), rows)
+
+
+def latency_steps(found: dict[str, Any]) -> Table | None:
+    """The engines that a latency budget was searched with; None where there was none."""
+    search = found["latency"]
+    if search is None:
+        return None
+    rows: list[tuple[str, str, str]] = [("all", units.ms(search["float_ms"]), units.NONE)]
+    for step in sorted(search["steps"], key=lambda step: -len(step["kept"])):
+        chosen = "chosen" if step["kept"] == search["kept"] else units.NONE
+        rows.append((", ".join(step["kept"]) or "none", units.ms(step["latency_ms"]), chosen))
+    return table("layers that stay in float|engine, measured before training >|", rows)
 
 
 def costs(found: dict[str, Any]) -> Table:

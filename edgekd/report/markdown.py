@@ -45,6 +45,9 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
     if report["bits"]:
         yield from _section("Hybrid bits", bits.costs(report["bits"]))
         yield f"{escape(bits.STATEMENT)}\n"
+        if (steps := bits.latency_steps(report["bits"])) is not None:
+            yield f"What stays in float within {report['bits']['latency']['limit_ms']:g} ms:\n"
+            yield table(steps)
         yield table(bits.layers(report["bits"]))
     yield from _section("Layers of the compressed student", views.layers(report))
     yield from _section("Parity", views.parity(report))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+@dataclass(frozen=True)
+class EngineTime:
+    """How long an engine takes."""
+
+    latency_ms: float
+    """Median of one inference."""
+    layers_us: Mapping[str, float]
+    """Module path -> microseconds, as the backend's own profile has them."""
+
+
 @dataclass
 class Context:
     """What every stage of a run shares."""
@@ -41,6 +51,9 @@ class Context:
     """Folder of the TensorBoard logs."""
     teacher: Callable[[], Loaded] | None = None
     """Loads the teacher; None where the recipe has none."""
+    engine_time: Callable[[Loaded], EngineTime] | None = None
+    """Builds the engine of a float or a quantized model on the recipe's first int8 backend and times it; None where the recipe
+    has none."""
     on_epoch: Callable[[str, int, dict[str, Any]], None] = ignore
     """Told of every finished epoch: title, epochs in all, record."""
     on_step: Callable[[str, int, int, int], None] = ignore

@@ -1,6 +1,7 @@
 """Hybrid bits from a recipe to engines and their report."""
 
 import json
+import re
 
 import pytest
 
@@ -104,3 +105,38 @@ def test_a_budget_that_cannot_be_met_is_found_before_any_training(run):
 
     with pytest.raises(TrainingError, match=r"quantizer\.budget\.size_mb: 0.001 cannot be met"):
         run(hybrid(["int8"], {"budget": {"size_mb": 0.001}}))
+
+
+def test_a_latency_decides_which_layers_stay_in_float(run, tmp_path):
+    """The bounds that the error tells are met by the second run, whose float training is the first one's."""
+    from edgekd.errors import TrainingError
+
+    def recipe(limit):
+        data = hybrid(["float32", "int8"], {"budget": {"latency_ms": limit}})
+        data["student"] = {"model": {"name": "vgg8"}}
+        data["stages"][0]["train"] = {**TRAIN, "epochs": 1}
+        data["deploy"] = data["deploy"][:1]
+        data["measure"]["duration_s"] = 0.2
+        return data
+
+    with pytest.raises(TrainingError, match="cannot be met") as told:
+        run(recipe(1e-6))
+    numbers = re.findall(r"takes ([\d.]+) ms, and in float ([\d.]+) ms", told.value.message)
+    integer, in_float = (float(number) for number in numbers[0])
+    limit = (integer + in_float) / 2
+    outcome, recorder = run(recipe(limit))
+    assert recorder.stages == ["quantize"], "the float training was there"
+    found = outcome.report["bits"]["latency"]
+    assert found["limit_ms"] == limit
+    steps = {len(step["kept"]): step["latency_ms"] for step in found["steps"]}
+    assert steps[len(found["kept"])] <= limit, "what was chosen was measured"
+    rows = {row["path"]: row["trained"] for row in outcome.report["bits"]["layers"]}
+    assert all(rows[path] == 32 for path in found["kept"])
+    assert any(bits < 32 for bits in rows.values())
+    assert "layers that stay in float" in (outcome.folder / "report" / "report.md").read_text()
+
+
+def test_a_latency_needs_an_engine_to_measure(write):
+    data = hybrid(["float32"], {"budget": {"latency_ms": 1.0}})
+    with pytest.raises(RecipeError, match="no engine in int8 is deployed whose latency could be measured"):
+        recipes.load_recipe(write(data))
