@@ -47,7 +47,10 @@ def fake_quantize(
     if scale.ndim:
         zeros = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(values, scale, zeros, 0, low, high)
-    return torch.fake_quantize_per_tensor_affine(values, scale, scale.new_zeros((), dtype=torch.int32), low, high)
+    if values.is_cuda:  # one kernel rather than four
+        return torch.fake_quantize_per_tensor_affine(values, scale, scale.new_zeros((), dtype=torch.int32), low, high)
+    # the same bits, many times faster on a CPU
+    return (values * scale.reciprocal()).round_().clamp_(low, high).mul_(scale)
 
 
 @fake_quantize.register_fake
