@@ -17,7 +17,7 @@ def test_smoke(recipe, tmp_path, request):
     if "root:" in recipe.read_text():
         request.getfixturevalue("data_root")  # skips where there is no data
     command = [sys.executable, "-m", "edgekd"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     valid = subprocess.run([*command, "validate", str(recipe)], capture_output=True, text=True, check=False, env=environment)
     assert valid.returncode == 0, valid.stderr
     done = subprocess.run(
