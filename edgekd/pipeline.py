@@ -57,6 +57,7 @@ STAGES: dict[type, Any] = {
 }
 # Libraries that shape a checkpoint; another version of one of them means another id.
 TRAINING_LIBRARIES = ("torch", "lightning-fabric", "torch-pruning")
+SMOKE_COUNTS = {"train": 2 * SMOKE_BATCH, "val": 64, "test": 64, "calib": 32}
 # What of a task matters to engines alone.
 DEPLOYED = {"confidence", "nms"}
 
@@ -95,12 +96,12 @@ class Run:
 
     def __init__(self, loaded: Loaded, out: Path, smoke: bool, display: Display, command: str) -> None:
         self.recipe: Recipe = loaded.recipe
-        self.display, self.smoke = display, smoke
+        self.display, self.smoke, self.search = display, smoke, loaded.search
         self.store = Store(out, display.warn)
         display.say(f"reading data ({self.recipe.data.kind})")
         self.dataset = data_kinds.load(self.recipe.data, search=loaded.search)
         if smoke:
-            self.dataset = thin(self.dataset, {"train": 2 * SMOKE_BATCH, "val": 64, "test": 64, "calib": 32})
+            self.dataset = thin(self.dataset, SMOKE_COUNTS)
         self.task = build_task(self.recipe.task, self.dataset)
         self.context = Context(
             compute=self.recipe.compute,
@@ -116,6 +117,7 @@ class Run:
             warn=display.warn,
         )
         self.context.engine_time = self._engine_time
+        self.context.finer = self._finer
         self.order = 0
         self.started = time.monotonic()
         self.record: dict[str, Any] = self._header(loaded, command)
@@ -358,6 +360,13 @@ class Run:
         title = architecture["call"] if architecture["name"] == "callable" else architecture["name"]
         self.record["models"].append({"role": role, "stage": name, "title": title, "folder": artifact.folder.name})
         self.save()
+
+    def _finer(self, scale: int) -> Split:
+        data: Any = self.recipe.data  # of a kind that has size_px: the recipe's check
+        config = data.model_copy(update={"size_px": data.size_px * scale})
+        self.display.say(f"reading training images at {config.size_px} px")
+        found = data_kinds.load(config, search=self.search)
+        return thin(found, SMOKE_COUNTS).train if self.smoke else found.train
 
     def _engine_time(self, model: checkpoints.Loaded) -> EngineTime:
         entry = next(entry for entry in self.recipe.deploy if "int8" in entry.precision)  # there is one: the recipe's check

@@ -23,6 +23,7 @@ from edgekd._config import Config
 from edgekd._explain import Problem, explain, recipe_error
 from edgekd._yaml import Document, Path_, load
 from edgekd.data import CocoConfig, DataConfig, ImageFolderConfig, YoloConfig
+from edgekd.data.boxes import LARGEST_PX
 from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
 from edgekd.distill.stage import DistillConfig
@@ -284,6 +285,8 @@ def _check_order(recipe: Recipe) -> list[Problem]:
         trained = True
         if isinstance(stage, QuantizeConfig | PtqConfig):
             quantized = stage.kind
+        if isinstance(stage, FinetuneConfig) and stage.super_resolution is not None:
+            problems += _check_finer(("stages", number, "super_resolution"), stage.super_resolution.scale, recipe)
         if has_latency_budget(stage) and not any("int8" in entry.precision for entry in recipe.deploy):
             problems.append(
                 Problem(
@@ -293,6 +296,18 @@ def _check_order(recipe: Recipe) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _check_finer(path: Path_, scale: int, recipe: Recipe) -> list[Problem]:
+    """Whether training images can be read ``scale`` times as fine."""
+    data = recipe.data
+    if not isinstance(data, CocoConfig | YoloConfig):
+        message = f"super_resolution reads images with boxes finer than size_px, and {data.kind} cannot"
+        return [Problem(path, message, "remove it, or use coco or yolo data")]
+    if scale * data.size_px > LARGEST_PX:
+        message = f"{scale} times {data.size_px} px is more than {LARGEST_PX} px"
+        return [Problem((*path, "scale"), message, "lower it, or data.size_px")]
+    return []
 
 
 def has_latency_budget(stage: object) -> bool:

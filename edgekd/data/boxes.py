@@ -35,6 +35,8 @@ COLUMNS = 6
 """class, x1, y1, x2, y2, ignore."""
 SMALLEST_PX = 2.0
 """Boxes with a smaller side on the letterboxed image are left out: no cell of a detector sees them."""
+LARGEST_PX = 2048
+"""Side of images at most."""
 STEP_PX = 16
 """Images have a multiple of it as their side: the coarsest head of edgekd's detectors has that stride."""
 
@@ -44,7 +46,7 @@ class _BoxesConfig(Config):
 
     root: str
     """The folder that holds the data; a relative path is looked up under $EDGEKD_DATA, then beside the recipe."""
-    size_px: int = Field(ge=32, le=2048, multiple_of=STEP_PX)
+    size_px: int = Field(ge=32, le=LARGEST_PX, multiple_of=STEP_PX)
     """Height and width: images are scaled to fit, and the rest is grey (letterbox)."""
     channels: Literal[1, 3, 4] = 3
     """Colour, grey (1), or colour and infrared (4)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 
 from edgekd import models
 from edgekd._config import Config
-from edgekd.data.base import Dataset
+from edgekd.data.base import Dataset, Split
 from edgekd.data.batches import AnyAugment
 from edgekd.models.config import ModelConfig
 from edgekd.nn.layers import layer_table
@@ -20,7 +20,8 @@ from edgekd.train.checkpoint import Architecture, Loaded, build_float
 from edgekd.train.hardware import ComputeConfig, make_fabric
 from edgekd.train.loop import Setting, ignore, train, warn
 from edgekd.train.optim import TrainConfig
-from edgekd.train.step import TaskOnly
+from edgekd.train.step import Objective, TaskOnly
+from edgekd.train.super_resolution import SuperResolution, SuperResolutionConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -51,6 +52,8 @@ class Context:
     """Folder of the TensorBoard logs."""
     teacher: Callable[[], Loaded] | None = None
     """Loads the teacher; None where the recipe has none."""
+    finer: Callable[[int], Split] | None = None
+    """Reads the training split so many times as fine; None where the data's kind cannot."""
     engine_time: Callable[[Loaded], EngineTime] | None = None
     """Builds the engine of a float or a quantized model on the recipe's first int8 backend and times it; None where the recipe
     has none."""
@@ -121,6 +124,8 @@ class FinetuneConfig(Config):
     kind: Literal["finetune"]
     train: TrainConfig
     """Budget and optimizer."""
+    super_resolution: SuperResolutionConfig | None = None
+    """Learn to draw a finer picture beside the boxes; for images with boxes. The branch that draws is gone afterwards."""
 
 
 def run(config: FinetuneConfig, source: Loaded, context: Context, *, title: str, work: Path) -> Trained:
@@ -134,5 +139,11 @@ def run(config: FinetuneConfig, source: Loaded, context: Context, *, title: str,
         work: Folder of the training state.
     """
     setting = context.setting(title, work, config.train.epochs)
-    history = train(student=source.module, objective=TaskOnly(), config=config.train, setting=setting)
+    objective: Objective = TaskOnly()
+    if config.super_resolution is not None:
+        assert context.finer is not None  # the recipe's check
+        torch.manual_seed(context.seed)
+        objective = SuperResolution(config.super_resolution, source, context.dataset)
+        setting.dataset = replace(context.dataset, train=context.finer(config.super_resolution.scale))
+    history = train(student=source.module, objective=objective, config=config.train, setting=setting, student_taps=source.taps)
     return Trained(source, history, layer_table(source.module))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest_hybrid import run_once
 from PIL import Image
+from safetensors.torch import load_file
 
 from edgekd import recipe as recipes
 from edgekd.bundle import open_bundle
@@ -13,6 +14,7 @@ from edgekd.bundle.check import check
 from edgekd.bundle.make import Choice, make
 from edgekd.engines.postprocess import Detected, postprocess
 from edgekd.errors import RecipeError
+from edgekd.train.checkpoint import WEIGHTS
 
 SIZE = 64
 TRAIN = {"epochs": 20, "batch_size": 8, "optimizer": "adamw", "lr": 0.01}
@@ -52,13 +54,13 @@ def detection(root, **changes):
         },
         "student": {"model": {"name": "superyolo_small", "arguments": {"width": 0.125}}},
         "stages": [
-            {"kind": "finetune", "train": TRAIN},
+            {"kind": "finetune", "train": TRAIN, "super_resolution": {"channels": 4, "blocks": 1}},
             {
                 "kind": "quantize",
                 "quantizer": {"kind": "hybrid", "bits": 6, "recalibration_batches": 5},
                 "method": {"name": "ost", "layers": ["block4", "block9", "block17"]},
                 "task_weight": 1,
-                "train": {**TRAIN, "epochs": 2, "lr": 0.002},
+                "train": {**TRAIN, "epochs": 10, "lr": 0.01},
             },
         ],
         "deploy": [
@@ -83,7 +85,12 @@ def test_the_detector_learns_and_its_engines_find_the_same(done):
     outcome, folder = done
     metric = {model["stage"]: model["metric"] for model in outcome.report["models"]}
     assert metric["finetune"]["name"] == "mAP50"
-    assert metric["finetune"]["value"] > 0.3, "bright and dark squares are easy"
+    assert min(metric["finetune"]["value"], metric["quantize"]["value"]) > 0.3, "bright and dark squares are easy"
+    epochs = outcome.report["training"][0]["epochs"]
+    first, last = (epoch["terms"]["super_resolution"] for epoch in (epochs[0], epochs[-1]))
+    assert 0 < last < 0.5 * first, "the branch learns to draw"
+    (checkpoint,) = folder.glob("*-finetune-*")
+    assert not [name for name in load_file(checkpoint / WEIGHTS) if "branch" in name], "and is gone"
     engines = outcome.report["engines"]
     assert {engine["status"] for engine in engines} == {"measured"}
     for engine in engines:
@@ -117,6 +124,10 @@ def test_a_bundle_finds_boxes_without_torch(done, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"data": {"kind": "digits"}, "task": {"kind": "classification"}},
+            "super_resolution reads images with boxes finer than size_px, and digits cannot",
+        ),
         ({"task": {"kind": "classification"}}, "the task classification needs classes, and coco gives boxes"),
         ({"data": {"kind": "digits"}}, "the task detection needs boxes, and digits gives classes"),
         ({"task": {"kind": "detection"}}, r"has heads of stride \[4\]; strides is \[4, 8, 16\]"),
