@@ -65,6 +65,7 @@ def variants() -> dict[str, dict[str, Any]]:
         "uniform 5 + ost": {"quantizer": {"kind": "hybrid", "bits": 5}, "method": METHODS["ost"]},
     }
     found |= {f"uniform {bits}": {"quantizer": {"kind": "hybrid", "bits": bits, "k_max": 8}} for bits in UNIFORM if bits != 5}
+    found["hybrid + ost, published ranges"] = {"quantizer": {"kind": "hybrid", "ranges": "unit"}, "method": METHODS["ost"]}
     return found | {f"hybrid + {name}": {**hybrid, "method": method} for name, method in METHODS.items() if name != "ost"}
 
 

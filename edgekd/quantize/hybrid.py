@@ -8,10 +8,11 @@ weights then follow DoReFa (dorefa.py); the activation behind it has the same bi
 twin with the method ``ost``, this is GHOST's second phase.
 
 Differs from the paper, with ``placement: engine`` (the default): the image, residual sums and concatenations have quantizers too,
-so that what reads them runs on integers: the image 8 bits and a learned range; sums of activations the range 0..R, R the number
-of summands; what is concatenated one scale and the most bits of its parts; anything that may be negative, or has no known end, a
-learned range (LSQ). With 8 bits, weights are rounded to the 255 levels that int8 has, not to 256. ``placement: official`` is the
-published code's: quantizers behind ReLUs only, 8 bits with 256 levels, and layers above ``k_max`` where nothing suffices.
+so that what reads them runs on integers: the image 8 bits, what is concatenated one scale and the most bits of its parts. All
+ranges are learned (LSQ) from calibrated ones, because a trained network's activations do not end at 1, and one that is clipped
+there has to learn again: ``ranges: unit`` has the published 0..1 behind a convolution's ReLU, 0..R for a sum of R of them, and
+learned ranges for the rest. With 8 bits, weights are rounded to the 255 levels that int8 has, not to 256. ``placement: official``
+is the published code's: quantizers behind ReLUs only, 8 bits with 256 levels, and layers above ``k_max`` where nothing suffices.
 
 After the conversion the statistics of batch norms are wrong, because DoReFa's weights always reach 1: they are taken anew from
 training images (our reading; the published code trains through it).
@@ -73,6 +74,9 @@ class HybridConfig(Config):
     """Find the threshold that meets it; `threshold` is then not used, but with `latency_ms`."""
     placement: Literal["engine", "official"] = "engine"
     """Quantize everything that an engine needs to run on integers, or behind ReLUs only, as published."""
+    ranges: Literal["learned", "unit"] = "learned"
+    """Activation ranges start from the calibration split and are trained along; or unit, as published: 0..1 behind ReLUs, which
+    costs most of what the float model has learned and needs a long training. `placement: official` is always unit."""
     restore_scale: Literal["auto", "always", "never"] = "auto"
     """Multiply DoReFa's weights by their largest magnitude; auto: where no batch norm follows that takes up the gain."""
     recalibration_batches: int = Field(50, ge=0, le=10_000)
@@ -177,12 +181,13 @@ def quantizer(config: HybridConfig, placement: Placement, group: fx.Node, bits: 
         maker = placement.behind_relus()[group]
         assert maker is not None
         return Quantizer(signed=False, learned=False, bits=bits[maker], end=1.0, whole=True)
-    signed, end = placement.signed(group), placement.unit_end(group)
+    signed = placement.signed(group)
+    end = placement.unit_end(group) if config.ranges == "unit" and not signed else None
     # of what makes it; a sum has the bits of what reads it, and the image its own 8
     owners = placement.makers(group) or placement.takers(group)
     width = max((bits[path] for path in owners), default=BITS)
     width = BITS if placement.reads_input(group) else width
-    return Quantizer(signed, learned=True, bits=width, end=None if signed else end)
+    return Quantizer(signed, learned=True, limit=placement.limit(group), bits=width, end=end)
 
 
 @torch.no_grad()
