@@ -53,7 +53,7 @@ def test_ranges_and_bits_by_hand():
             return self.head(self.e(torch.cat([a + self.b(a), self.c(a)], 1)) + 0 * self.d(a)[:, :4])
 
     module = Net().eval()
-    config = HybridConfig(kind="hybrid", bits=4)
+    config = HybridConfig(kind="hybrid", bits=4, ranges="unit")
     bits = {"a.0": 3, "b.0": 4, "c.0": 5, "d": 6, "e.0": 2}
     found = qat.prepare(module, {}, config, images(2), bits)
     assert hybrid.layer_bits(found) == bits, "the head makes the output: it stays in float"
@@ -64,6 +64,9 @@ def test_ranges_and_bits_by_hand():
     joined = next(part for name, part in parts.items() if part[1] == 2.0)
     assert joined == (5, 2.0, False, 31)
     assert parts["d"] == (6, None, True, 31), "what may be negative has a learned range"
+    found = qat.prepare(module, {}, config.model_copy(update={"ranges": "learned"}), images(2), bits)
+    learned = {name: (part.bits, part.end, part.signed, part.high) for name, part in qat.named_quantizers(found).items()}
+    assert learned == {name: (bits, None, signed, high) for name, (bits, _, signed, high) in parts.items()}
 
 
 def test_layers_say_what_they_read():
@@ -140,7 +143,7 @@ def test_recalibration_takes_plain_averages():
 
 
 def test_gradients_reach_weights_and_learned_ranges():
-    found = quantized(bits=4).train()
+    found = quantized(bits=4, ranges="unit").train()
     found(images()).square().mean().backward()
     for path, part in found.named_modules():
         if isinstance(part, QuantLayer):
@@ -153,8 +156,38 @@ def test_gradients_reach_weights_and_learned_ranges():
     assert not any(part.log_scale.requires_grad for part in fixed)
 
 
+def test_calibrated_ranges_keep_what_the_float_model_knows():
+    """Before any training; with the published ranges a trained network has to learn again."""
+    module, _ = float_model("vgg8")
+    module.train()
+    for seed in range(30):  # statistics of its own inputs
+        module(images(seed=seed))
+    module.eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.data.mul_(4)  # as trained ones do: activations far beyond 1
+    near = {}
+    for ranges in ("learned", "unit"):
+        found = qat.prepare(module, {}, HybridConfig(kind="hybrid", bits=7, ranges=ranges), images(2))
+        hybrid.recalibrate(found, [images(seed=seed) for seed in range(30)])
+        qat.calibrate(found, [images()])
+        with torch.no_grad():
+            one, other = module(images()).flatten(), found.eval()(images()).flatten()
+        near[ranges] = torch.nn.functional.cosine_similarity(one - one.mean(), other - other.mean(), dim=0).item()
+    assert near["learned"] > 0.9
+    assert near["unit"] < near["learned"] - 0.1
+
+
 @pytest.mark.parametrize(
-    "options", [{"bits": 2}, {"bits": 5}, {"bits": 8}, {"threshold": 0.5}, {"bits": 4, "placement": "official"}]
+    "options",
+    [
+        {"bits": 2, "ranges": "unit"},
+        {"bits": 2},
+        {"bits": 5},
+        {"bits": 8},
+        {"threshold": 0.5},
+        {"bits": 4, "placement": "official"},
+    ],
 )
 def test_the_simulation_is_the_trained_model(options):
     found = quantized("vgg8", **options)
@@ -188,8 +221,8 @@ def test_codes_of_up_to_7_bits_are_the_trained_ones(encoding, bits):
         ({"bits": 1}, "greater than or equal to 2"),
         ({"k_min": 6, "k_max": 5}, "k_min 6 is larger than k_max 5"),
         ({"bits": 4, "budget": {"size_mb": 1}}, "bits gives every layer the same"),
-        ({"budget": {}}, "give one of size_mb and bops_g"),
-        ({"budget": {"size_mb": 1, "bops_g": 1}}, "give one of size_mb and bops_g"),
+        ({"budget": {}}, "give one of size_mb, bops_g and latency_ms"),
+        ({"budget": {"size_mb": 1, "bops_g": 1}}, "give one of size_mb, bops_g and latency_ms"),
         ({"threshold": 0}, "greater than 0"),
     ],
 )
