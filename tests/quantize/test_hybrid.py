@@ -157,7 +157,7 @@ def test_gradients_reach_weights_and_learned_ranges():
 
 
 def test_calibrated_ranges_keep_what_the_float_model_knows():
-    """Before any training; with the published ranges a trained network has to learn again."""
+    """Before any training, and though activations go far beyond 1."""
     module, _ = float_model("vgg8")
     module.train()
     for seed in range(30):  # statistics of its own inputs
@@ -165,17 +165,14 @@ def test_calibrated_ranges_keep_what_the_float_model_knows():
     module.eval()
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.weight.data.mul_(4)  # as trained ones do: activations far beyond 1
-    near = {}
-    for ranges in ("learned", "unit"):
-        found = qat.prepare(module, {}, HybridConfig(kind="hybrid", bits=7, ranges=ranges), images(2))
-        hybrid.recalibrate(found, [images(seed=seed) for seed in range(30)])
-        qat.calibrate(found, [images()])
-        with torch.no_grad():
-            one, other = module(images()).flatten(), found.eval()(images()).flatten()
-        near[ranges] = torch.nn.functional.cosine_similarity(one - one.mean(), other - other.mean(), dim=0).item()
-    assert near["learned"] > 0.9
-    assert near["unit"] < near["learned"] - 0.1
+            part.weight.data.mul_(4)
+    found = qat.prepare(module, {}, HybridConfig(kind="hybrid", bits=7), images(2))
+    hybrid.recalibrate(found, [images(seed=seed) for seed in range(30)])
+    qat.calibrate(found, [images()])
+    with torch.no_grad():
+        one, other = module(images()).flatten(), found.eval()(images()).flatten()
+    near = torch.nn.functional.cosine_similarity(one - one.mean(), other - other.mean(), dim=0)
+    assert near > 0.9
 
 
 @pytest.mark.parametrize(
