@@ -37,6 +37,7 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
     yield from _section("Speed-ups, measured interleaved", views.comparisons(report))
     yield from _section("Skipped, failed and not read", views.skipped(report))
     yield from _section("Training", views.training(report))
+    yield from _section("What the methods say after the last epoch", views.statistics(report))
     for ladder in report["ladders"]:
         yield from _section("Precision ladder", views.ladder(ladder))
         yield f"{escape(views.ladder_line(ladder))}\n"

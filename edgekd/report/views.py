@@ -307,6 +307,16 @@ def training(report: Report) -> Table:
     return table("training|epochs >|validation, last epoch >|terms, last epoch", rows)
 
 
+def statistics(report: Report) -> Table:
+    """What methods say of themselves after the last epoch, such as the share of open gates."""
+    rows = [
+        (stage["title"], name, units.number(value))
+        for stage in report["training"]
+        for name, value in (stage["epochs"][-1].get("statistics") or {}).items()
+    ]
+    return table("training|what|last epoch >", rows)
+
+
 def layers(report: Report) -> Table:
     """One row per layer of the finished student."""
     rows = [

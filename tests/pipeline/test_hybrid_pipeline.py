@@ -77,11 +77,13 @@ def test_the_report_says_trained_stored_and_executed(done):
 
 
 def test_gates_are_recorded(done):
-    outcome, _ = done
+    outcome, folder = done
     last = outcome.report["training"][-1]["epochs"][-1]
     rates = last["statistics"]
     assert rates
     assert all(0 <= rate <= 1 for rate in rates.values())
+    for report in ("report.md", "report.html"):
+        assert next(iter(rates)) in (folder / "report" / report).read_text()
 
 
 @pytest.mark.parametrize(
