@@ -1,9 +1,11 @@
-"""How wide must layers be for int8 to pay? ResNet-8 on 32-pixel images at several widths, int8 against float32, interleaved.
+"""How wide must layers be for int8 to pay? Models at several widths, int8 against float32, interleaved.
+
+ResNet-8 on images of 32 pixels, and the small detector on images of 512.
 
 Weights are random: they do not change what an engine computes, only what comes out. For each width and backend, both engines are
 built and measured in turns in one process, at one thread and batch 1. Writes results/int8_width.json with every raw sample.
 
-    python benchmarks/int8_width.py [--seconds 6]
+    python benchmarks/int8_width.py [--seconds 6] [--model resnet8 superyolo_small]
 """
 
 from __future__ import annotations
@@ -31,31 +33,39 @@ from edgekd.quantize import qat
 from edgekd.targets.local import Local
 
 RESULT = Path(__file__).parent / "results" / "int8_width.json"
-WIDTHS = (1, 2, 4, 8)
+WIDTHS: dict[str, tuple[float, ...]] = {"resnet8": (1, 2, 4, 8), "superyolo_small": (0.25, 0.5, 1.0)}
+SIDES = {"resnet8": 32, "superyolo_small": 512}
+IMAGES = 16
+CALIBRATION = 8
 BACKENDS = ("onnxruntime", "openvino")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6.0, help="per pair of engines")
-    seconds = parser.parse_args().seconds
-    digits = load(DigitsConfig(size_px=32, channels=3))
+    parser.add_argument("--model", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    given = parser.parse_args()
     rows = []
+    if RESULT.is_file():  # of the models that are not measured now
+        rows = [row for row in json.loads(RESULT.read_text())["rows"] if row.get("model", "resnet8") not in given.model]
+    digits = load(DigitsConfig(size_px=32, channels=3))
     with tempfile.TemporaryDirectory() as scratch:
-        images = Path(scratch) / "images.npy"
-        np.save(images, np.array(digits.test.images[:64]))
-        for width in WIDTHS:
-            folder = Path(scratch) / f"width{width}"
-            module = export_both(width, digits, folder)
+        for name, width in [(one, width) for one in given.model for width in WIDTHS[one]]:
+            images = Path(scratch) / f"{name}.npy"
+            np.save(images, enlarged(digits.test.images[:IMAGES], SIDES[name]))
+            folder = Path(scratch) / f"{name}-{width}"
+            module = export_both(name, width, digits, folder)
             for backend in BACKENDS:
-                record = compare(folder, backend, images, seconds)
+                record = compare(folder, backend, images, given.seconds)
                 (ratio,) = record["ratios"]
                 rows.append(
                     {
+                        "model": name,
+                        "size_px": SIDES[name],
                         "width": width,
-                        "channels": [round(count * width) for count in (16, 16, 32, 64)],
+                        "channels": channels(module),
                         "params": parameters(module),
-                        "macs": macs(module, (3, 32, 32)),
+                        "macs": macs(module, (3, SIDES[name], SIDES[name])),
                         "backend": backend,
                         "speedup": ratio["speedup"],
                         "interval": ratio["interval"],
@@ -68,23 +78,37 @@ def main() -> None:
                     }
                 )
                 low, high = ratio["interval"]
-                print(f"width {width} {backend}: int8 {ratio['speedup']:.2f}x float32 [{low:.2f}, {high:.2f}]", flush=True)
+                print(f"{name} width {width} {backend}: int8 {ratio['speedup']:.2f}x float32 [{low:.2f}, {high:.2f}]", flush=True)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(
         json.dumps({"schema": 1, "edgekd": __version__, "threads": 1, "batch": 1, "rows": rows, "host": describe()})
     )
 
 
-def export_both(width: int, digits: Any, folder: Path) -> torch.nn.Module:
+def enlarged(images: Any, side: int) -> Any:
+    """Images [N, H, W, C], every pixel as a square of them."""
+    times = side // images.shape[1]
+    return np.array(images).repeat(times, axis=1).repeat(times, axis=2)
+
+
+def channels(module: torch.nn.Module) -> list[int]:
+    """Of the least wide and of the widest convolution."""
+    found = [part.out_channels for part in module.modules() if isinstance(part, torch.nn.Conv2d)]
+    return [min(found), max(found)]
+
+
+def export_both(name: str, width: float, digits: Any, folder: Path) -> torch.nn.Module:
     """The float32 and the int8 file of one model, each in a folder of its own; returns the float model."""
     torch.manual_seed(0)
-    config = ModelConfig(name="resnet8", arguments={"width": width})
+    config = ModelConfig(name=name, arguments={"width": width})
     module = models.build(config, num_classes=10, in_channels=3)
-    images = normalise(torch.from_numpy(np.array(digits.calib.images)), digits.mean, digits.std).contiguous()
+    images = normalise(
+        torch.from_numpy(enlarged(digits.calib.images[:CALIBRATION], SIDES[name])), digits.mean, digits.std
+    ).contiguous()
     with torch.no_grad():
         module.train()(images)  # batch norms of real images
     module.eval()
-    quantized = qat.prepare(module, models.taps(config, module), qat.QuantizerConfig(), images[:2])
+    quantized = qat.prepare(module, models.taps(config, module), qat.QuantizerConfig(keep_float=["outputs"]), images[:2])
     qat.calibrate(quantized, [images])
     for precision, form in (("float32", module), ("int8", encode(quantized, "u8"))):
         out = folder / precision

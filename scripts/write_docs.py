@@ -112,13 +112,15 @@ def default(value: dict[str, Any], required: bool) -> str:
 def width() -> str:
     """benchmarks/results/int8_width.json as a table."""
     rows = json.loads((RESULTS / "int8_width.json").read_text())["rows"]
-    by_width: dict[int, dict[str, Any]] = {}
+    by_width: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
-        by_width.setdefault(row["width"], {"row": row})[row["backend"]] = row
+        by_width.setdefault((row["model"], row["width"]), {"row": row})[row["backend"]] = row
     return table(
-        ("ResNet-8 channels", "MMACs", "ONNX Runtime", "OpenVINO"),
+        ("model", "image", "channels", "MMACs", "ONNX Runtime", "OpenVINO"),
         [
             (
+                found["row"]["model"],
+                f"{found['row']['size_px']} px",
                 "-".join(map(str, found["row"]["channels"])),
                 f"{found['row']['macs'] / 1e6:.0f}",
                 *(f"{found[name]['speedup']:.2f}× [{found[name]['interval'][0]:.2f}, {found[name]['interval'][1]:.2f}]"
