@@ -1,12 +1,12 @@
 """Hybrid bits and what teaches them: GHOST's comparison on real images, from one float twin per seed.
 
-For each data set and seed a float detector is trained once. From it start, with equal budgets: uniform bits (8, 6, 5, 4, 3);
-hybrid bits of the size that uniform 5 bits have; and both under the float twin with each method. Values are those after the last
-epoch, mAP50 on the test split, by the trained model itself. ``--engines`` builds and measures engines of what is trained: on a
-machine that does nothing else.
+For each data set and seed a float model is trained once. From it start, with equal budgets: uniform bits (8, 6, 5, 4, 3); hybrid
+bits of the size that uniform 5 bits have (and 4, and 3); and both under the float twin with each method. Values are those after
+the last epoch, mAP50 or accuracy on the test split, by the trained model itself. ``--engines`` builds and measures engines of
+what is trained: on a machine that does nothing else.
 
-    EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd] [--seeds 3] [--epochs 40] [--qat-epochs 8] [--variant
-    ...]
+    EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd cifar10] [--seeds 3] [--epochs 40] [--qat-epochs 8]
+    [--variant ...]
 
 Each run is an ordinary ``edgekd compress`` into runs/ghost/DATA-SEED, so what is finished is reused. Writes
 results/ghost_DATA.json after every variant: all values per seed, size, bit operations, gate rates, engines with raw samples; and
@@ -29,18 +29,36 @@ from run_recipe import RESULTS, ROOT
 from edgekd.artifacts import read_artifact
 
 RUNS = ROOT / "runs" / "ghost"
-DATA: dict[str, dict[str, Any]] = {
-    "airbus": {"root": "det_airbus_aircraft", "size_px": 256},
-    "bccd": {"root": "det_bccd", "size_px": 256},
-    "simd": {"root": "det_simd_sample", "size_px": 320},
-}
-LONGER = {"simd": 5}
-"""Data of few images -> how many times as many epochs."""
 AUGMENT = {"mosaic": 0.5, "scale": 0.3, "translate": 0.1, "flip": True, "flip_vertical": True, "hue": 0.015} | {
     "saturation": 0.4,
     "value": 0.3,
 }
-MODEL = {"name": "superyolo_small", "arguments": {"width": 0.25}}
+
+
+def boxes(root: str, size_px: int) -> dict[str, Any]:
+    """The recipe's sections for the small detector."""
+    return {
+        "task": {"kind": "detection", "strides": [4]},
+        "data": {"kind": "coco", "root": root, "size_px": size_px, "augment": AUGMENT},
+        "student": {"model": {"name": "superyolo_small", "arguments": {"width": 0.25}}},
+    }
+
+
+DATA: dict[str, dict[str, Any]] = {
+    "airbus": boxes("det_airbus_aircraft", 256),
+    "bccd": boxes("det_bccd", 256),
+    "simd": boxes("det_simd_sample", 320),
+    "cifar10": {
+        "task": {"kind": "classification"},
+        "data": {"kind": "image_folder", "root": "cls_cifar10", "size_px": 32, "limit_per_class": 1000}
+        | {"augment": {"flip": True, "crop_padding_px": 4}},
+        "student": {"model": {"name": "resnet20"}},
+    },
+}
+LONGER = {"simd": 5, "cifar10": 0.5}
+"""Data of few images, or of many -> how many times as many epochs."""
+BATCH = {"cifar10": 64}
+"""Images of a batch, where not 8."""
 UNIFORM = (8, 6, 5, 4, 3)
 METHODS: dict[str, dict[str, Any]] = {
     "ost": {"name": "ost", "weight": 25},
@@ -51,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "raw output": {"name": "raw_output", "weight": 0.1},
 }
 REFERENCE = "uniform 5"
+LIKE = {"hybrid, size of 4 bits": "uniform 4", "hybrid, size of 3 bits": "uniform 3"}
+"""Variant -> the uniform one whose size it may have, where that is not the reference."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Seeds -> the factor of Student's t for 95 %, two-sided."""
 
@@ -64,6 +84,7 @@ def variants() -> dict[str, dict[str, Any]]:
         REFERENCE: {"quantizer": {"kind": "hybrid", "bits": 5}},
         "uniform 5 + ost": {"quantizer": {"kind": "hybrid", "bits": 5}, "method": METHODS["ost"]},
     }
+    found |= dict.fromkeys(LIKE, hybrid)
     found |= {f"uniform {bits}": {"quantizer": {"kind": "hybrid", "bits": bits, "k_max": 8}} for bits in UNIFORM if bits != 5}
     found["hybrid + ost, published ranges"] = {"quantizer": {"kind": "hybrid", "ranges": "unit"}, "method": METHODS["ost"]}
     return found | {f"hybrid + {name}": {**hybrid, "method": method} for name, method in METHODS.items() if name != "ost"}
@@ -82,11 +103,11 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     for data in given.data:
         restore(data, given)
-        size: float | None = None
         for name in given.variant:
             for seed in range(given.seeds):  # all seeds of a variant first: an unfinished comparison is still balanced
-                if size is None:  # what uniform 5 bits take is the hybrid plans' budget
-                    size = uniform_size(run(data, seed, REFERENCE, given, None))
+                like = LIKE.get(name, REFERENCE) if "bits" not in variants()[name]["quantizer"] else None
+                # the budget of hybrid bits is what uniform bits take, with any seed
+                size = None if like is None else uniform_size(run(data, 0, like, given, None))
                 run(data, seed, name, given, size)
             write(data, given)
 
@@ -110,7 +131,7 @@ def place(data: str, seed: int, name: str, given: argparse.Namespace) -> Path:
 
 def epochs(data: str, given: argparse.Namespace) -> list[int]:
     """Of the float training and of that with quantizers."""
-    return [count * LONGER.get(data, 1) for count in (given.epochs, given.qat_epochs)]
+    return [round(count * LONGER.get(data, 1)) for count in (given.epochs, given.qat_epochs)]
 
 
 def uniform_size(folder: Path) -> float:
@@ -168,10 +189,10 @@ def run(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: flo
 def recipe(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: float | None) -> dict[str, Any]:
     """The run's recipe as data."""
     stage = json.loads(json.dumps(variants()[name]))
-    if "bits" not in stage["quantizer"]:
+    if size_mb is not None:
         stage["quantizer"]["budget"] = {"size_mb": size_mb}
     alone, together = epochs(data, given)
-    train = {"batch_size": 8, "optimizer": "adamw", "ema_decay": 0.998}
+    train = {"batch_size": BATCH.get(data, 8), "optimizer": "adamw", "ema_decay": 0.998}
     deploy = [
         {"backend": {"name": backend, "threads": 1}, "precision": ["float32", "int8"], "allow_fallback": True}
         for backend in ("onnxruntime", "openvino")
@@ -179,9 +200,7 @@ def recipe(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: 
     return {
         "name": f"ghost-{data}-{seed}",
         "seed": seed,
-        "task": {"kind": "detection", "strides": [4]},
-        "data": {"kind": "coco", **DATA[data], "augment": AUGMENT},
-        "student": {"model": MODEL},
+        **DATA[data],
         "stages": [
             {
                 "kind": "finetune",
@@ -197,7 +216,11 @@ def write(data: str, given: argparse.Namespace) -> None:
     """The result file, from all variants that are finished."""
     pattern = f"{data}-*-{given.epochs}-{given.qat_epochs}/value.json"
     values = [json.loads(path.read_text()) for path in sorted((RUNS / "values").glob(pattern))]
-    reference = {value["seed"]: value["value"] for value in values if value["variant"] == REFERENCE}
+
+    def of(variant: str | None) -> dict[int, float]:
+        return {value["seed"]: value["value"] for value in values if value["variant"] == variant}
+
+    reference = of(REFERENCE)
     summary = {}
     for name in variants():
         found = [value for value in values if value["variant"] == name]
@@ -211,6 +234,9 @@ def write(data: str, given: argparse.Namespace) -> None:
                 "from_float": interval([value["value"] - value["float"] for value in found]),
                 "from_uniform_5": interval(
                     [value["value"] - reference[value["seed"]] for value in found if value["seed"] in reference]
+                ),
+                "from_same_size": interval(
+                    [value["value"] - same[value["seed"]] for value in found if value["seed"] in (same := of(LIKE.get(name)))]
                 ),
             }
     path = RESULTS / f"ghost_{data}.json"
