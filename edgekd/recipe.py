@@ -22,7 +22,7 @@ from edgekd import models
 from edgekd._config import Config
 from edgekd._explain import Problem, explain, recipe_error
 from edgekd._yaml import Document, Path_, load
-from edgekd.data import CocoConfig, DataConfig, ImageFolderConfig, YoloConfig
+from edgekd.data import CocoConfig, DataConfig, ImageFolderConfig, MasksConfig, YoloConfig
 from edgekd.data.boxes import LARGEST_PX
 from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
@@ -48,6 +48,14 @@ from edgekd.train.stage import FinetuneConfig
 StageConfig = Annotated[FinetuneConfig | DistillConfig | PruneConfig | QuantizeConfig | PtqConfig, Field(discriminator="kind")]
 Role = Literal["teacher", "student_alone", "student"]
 Precision = Literal["float32", "float16", "int8", "hybrid"]
+
+
+LABELS = {"classification": "classes", "detection": "boxes", "segmentation": "masks"}
+"""Task -> the labels that it needs."""
+LABELS_OF = {"image_folder": "classes", "digits": "classes", "coco": "boxes", "yolo": "boxes", "masks": "masks"}
+"""Kind of data -> its labels; of a function nobody knows before it is called."""
+SEGMENTERS = ("unet",)
+"""edgekd's models that give logits for every pixel."""
 
 
 class TeacherConfig(Config):
@@ -181,16 +189,16 @@ def check(recipe: Recipe) -> list[Problem]:
 def _check_task(recipe: Recipe) -> list[Problem]:
     """The data has the labels that the task needs, and a detector the heads."""
     problems = []
-    boxes, task = isinstance(recipe.data, CocoConfig | YoloConfig), recipe.task
-    detects = isinstance(task, DetectionConfig)
-    if boxes != detects and recipe.data.kind != "callable":
+    task = recipe.task
+    needs, has = LABELS[task.kind], LABELS_OF.get(recipe.data.kind)
+    if has is not None and needs != has:
+        kinds = " or ".join(kind for kind, labels in LABELS_OF.items() if labels == needs)
+        other = next(name for name, labels in LABELS.items() if labels == has)
         problems.append(
             Problem(
                 ("data", "kind"),
-                f"the task {task.kind} needs {'boxes' if detects else 'classes'}, and {recipe.data.kind} gives "
-                f"{'boxes' if boxes else 'classes'}",
-                f"use {'coco or yolo' if detects else 'image_folder or digits'}, or the task "
-                f"{'detection' if boxes else 'classification'}",
+                f"the task {task.kind} needs {needs}, and {recipe.data.kind} gives {has}",
+                f"use {kinds}, or the task {other}",
             )
         )
     for owner, model in _owners(recipe).items():
@@ -210,6 +218,10 @@ def _check_task(recipe: Recipe) -> list[Problem]:
                 )
         elif strides is not None:
             problems.append(Problem(path, f"{model.name} is a detector", "use the task detection, or another model"))
+        elif (task.kind == "segmentation") != (model.name in SEGMENTERS) and model.name in models.names():
+            right = ", ".join(SEGMENTERS) if task.kind == "segmentation" else "another model, or the task segmentation"
+            gives = "logits for every pixel" if model.name in SEGMENTERS else "one class per image"
+            problems.append(Problem(path, f"{model.name} gives {gives}", f"use {right}"))
     return problems
 
 
@@ -482,7 +494,7 @@ def _attempt(path: Path_, action: Callable[[], Any]) -> list[Problem]:
 
 def _check_data(loaded: Loaded) -> list[Problem]:
     config = loaded.recipe.data
-    path: Path_ = ("data", "root" if isinstance(config, ImageFolderConfig | CocoConfig | YoloConfig) else "kind")
+    path: Path_ = ("data", "root" if isinstance(config, ImageFolderConfig | CocoConfig | YoloConfig | MasksConfig) else "kind")
     problems = _attempt(path, lambda: data_kinds.preflight(config, search=loaded.search))
     for index, problem in enumerate(problems):
         # the message may say itself which key it is about

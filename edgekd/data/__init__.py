@@ -1,4 +1,4 @@
-"""Data: every kind becomes a :class:`Dataset` of decoded uint8 images in four disjoint splits, with classes or boxes."""
+"""Data: every kind becomes a :class:`Dataset` of decoded uint8 images in four disjoint splits, with classes, boxes or masks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from edgekd.data import boxes, digits, image_folder
+from edgekd.data import boxes, digits, image_folder, masks
 from edgekd.data import callable as by_call
 from edgekd.data.base import Dataset, Split
 from edgekd.data.boxes import CocoConfig, YoloConfig
 from edgekd.data.callable import CallableConfig
 from edgekd.data.digits import DigitsConfig
 from edgekd.data.image_folder import ImageFolderConfig
+from edgekd.data.masks import MasksConfig
 
-AnyData = DigitsConfig | ImageFolderConfig | CallableConfig | CocoConfig | YoloConfig
+AnyData = DigitsConfig | ImageFolderConfig | CallableConfig | CocoConfig | YoloConfig | MasksConfig
 DataConfig = Annotated[AnyData, Field(discriminator="kind")]
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Dataset",
     "DigitsConfig",
     "ImageFolderConfig",
+    "MasksConfig",
     "Split",
     "YoloConfig",
     "load",
@@ -49,6 +51,8 @@ def load(config: AnyData, *, search: Sequence[Path]) -> Dataset:
         return image_folder.load(config, search)
     if isinstance(config, CocoConfig | YoloConfig):
         return boxes.load(config, search)
+    if isinstance(config, MasksConfig):
+        return masks.load(config, search)
     return by_call.load(config)
 
 
@@ -62,5 +66,7 @@ def preflight(config: AnyData, *, search: Sequence[Path]) -> None:
         image_folder.preflight(config, search)
     elif isinstance(config, CocoConfig | YoloConfig):
         boxes.preflight(config, search)
+    elif isinstance(config, MasksConfig):
+        masks.preflight(config, search)
     elif isinstance(config, CallableConfig):
         by_call.preflight(config)

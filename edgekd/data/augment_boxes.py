@@ -120,7 +120,7 @@ def _one(split: Split, index: int, config: BoxAugmentConfig, numbers: list[float
     gains = [
         1 + gain * (2 * share - 1) for gain, share in ((config.hue, hue), (config.saturation, saturation), (config.value, value))
     ]
-    return _coloured(image, gains), boxes
+    return coloured(image, gains), boxes
 
 
 def _real(labels: Array) -> Array:
@@ -150,7 +150,7 @@ def _window(split: Split, tiles: list[tuple[int, tuple[float, float]]], start: l
             edges = ((x1, left), (y1, top), (x2, left), (y2, top))
             x3, y3, x4, y4 = (float(np.clip((edge - offset) / factor, 0, size)) for edge, offset in edges)
             if x4 > x3 and y4 > y3:
-                result[y1:y2, x1:x2] = _resized(split.images[index], (x2 - x1, y2 - y1), (x3, y3, x4, y4))
+                result[y1:y2, x1:x2] = resized(split.images[index], (x2 - x1, y2 - y1), (x3, y3, x4, y4))
         placed = rows[:, 1:5] * factor + np.array([left, top, left, top])
         whole = np.prod(placed[:, 2:] - placed[:, :2], axis=1)
         # never over a neighbour's quarter: the image's own edge ends a box before
@@ -161,11 +161,21 @@ def _window(split: Split, tiles: list[tuple[int, tuple[float, float]]], start: l
     return result, np.concatenate(boxes)
 
 
-def _resized(image: Array, size: tuple[int, int], box: tuple[float, float, float, float]) -> Array:
+def resized(image: Array, size: tuple[int, int], box: tuple[float, float, float, float], *, nearest: bool = False) -> Array:
+    """A part of an image, resized.
+
+    Args:
+        image: uint8 [H, W, C].
+        size: Width and height of the result.
+        box: x1, y1, x2, y2 of the part, in pixels of the image.
+        nearest: Take the nearest pixel, where values are no colours; else bilinear.
+    """
     from PIL import Image
 
+    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+
     def one(pixels: Array) -> Array:
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))
+        return np.asarray(Image.fromarray(pixels).resize(size, how, box=box))
 
     if image.shape[2] == 3:
         return one(image)
@@ -173,7 +183,7 @@ def _resized(image: Array, size: tuple[int, int], box: tuple[float, float, float
     return np.stack([one(np.ascontiguousarray(image[:, :, channel])) for channel in range(image.shape[2])], axis=2)
 
 
-def _coloured(image: Array, gains: list[float]) -> Array:
+def coloured(image: Array, gains: list[float]) -> Array:
     """The image with hue, saturation and value multiplied; channels beyond the third, and grey ones, with the value alone."""
     from PIL import Image
 

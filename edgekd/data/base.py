@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ from edgekd.errors import DataError
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
-"""int64 [N], one class per image; or float32 [N, M, 6], boxes (edgekd.data.boxes)."""
+"""int64 [N], one class per image; float32 [N, M, 6], boxes (edgekd.data.boxes); or uint8 [N, H, W], masks (edgekd.data.masks)."""
+IGNORE = 255
+"""In masks: a pixel that is neither trained on nor counted."""
 
 CARVED_SHARE = 10
 """A split that is carved out of train takes at most one image in so many."""
@@ -169,7 +171,7 @@ def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequen
             images have boxes), a class has no training image (where images have boxes: all classes), or a split that the user
             gave holds nothing but images of test.
     """
-    boxes = parts["train"].labels.ndim == 3
+    boxes = kind_of(parts["train"].labels) == "boxes"
     if len(classes) < 2 and not boxes:
         raise DataError(f"there are {len(classes)} classes ({', '.join(classes)}); at least 2 are needed")
     shape = parts["train"].images.shape[1:]
@@ -197,14 +199,15 @@ def _absent(train: Labels, classes: Sequence[str]) -> list[str]:
     Raises:
         DataError: There is no box at all, or a class of images without boxes has no image.
     """
-    boxes = train.ndim == 3
+    kind = kind_of(train)
     counts = np.bincount(_classes_of(train), minlength=len(classes))
     absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if not absent:
         return []
     some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-    message = f"no training {'box' if boxes else 'image'} of {len(absent)} of {len(classes)} classes: {some}"
-    if not boxes or len(absent) == len(classes):
+    what = {"classes": "image", "boxes": "box", "masks": "pixel"}[kind]
+    message = f"no training {what} of {len(absent)} of {len(classes)} classes: {some}"
+    if kind == "classes" or len(absent) == len(classes):
         raise DataError(message, hint="add images, carve less out of train, or drop these classes")
     return [f"{message}; they are not learnt"]
 
@@ -224,10 +227,20 @@ def _check_part(name: str, part: Part, shape: tuple[int, ...], classes: Sequence
         )
 
 
-def _classes_of(labels: Labels) -> npt.NDArray[np.int64]:
-    """The class of every image, or of every box that is not ignored, int64 [n]."""
+def kind_of(labels: Labels) -> Literal["classes", "boxes", "masks"]:
+    """What labels are."""
     if labels.ndim == 1:
+        return "classes"
+    return "masks" if labels.dtype == np.uint8 else "boxes"
+
+
+def _classes_of(labels: Labels) -> npt.NDArray[np.int64]:
+    """The class of every image, or of every box or pixel that is not ignored, [n]."""
+    kind = kind_of(labels)
+    if kind == "classes":
         return labels
+    if kind == "masks":
+        return labels[labels != IGNORE]
     rows = labels.reshape(-1, labels.shape[-1])
     return rows[(rows[:, 0] >= 0) & (rows[:, -1] == 0), 0].astype(np.int64)
 
@@ -266,7 +279,8 @@ def _fingerprint(parts: Mapping[str, Part], classes: Sequence[str]) -> str:
     for name in ("train", "val", "test", "calib"):
         digest.update(f"{name} {len(parts[name].labels)}".encode())
         digest.update(np.ascontiguousarray(parts[name].digests).data)
-        digest.update(parts[name].labels.astype("<i8" if parts[name].labels.ndim == 1 else "<f4").tobytes())
+        labels = parts[name].labels
+        digest.update(labels.astype({"classes": "<i8", "boxes": "<f4", "masks": "u1"}[kind_of(labels)]).tobytes())
     return digest.hexdigest()
 
 

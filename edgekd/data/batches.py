@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgekd.data import augment_boxes
+from edgekd.data import augment_boxes, augment_masks
 from edgekd.data.augment import AugmentConfig, draw, transform
 from edgekd.data.augment_boxes import BoxAugmentConfig
+from edgekd.data.augment_masks import MaskAugmentConfig
 from edgekd.data.base import Split
 from edgekd.errors import RecipeError
 
-AnyAugment = AugmentConfig | BoxAugmentConfig
+AnyAugment = AugmentConfig | BoxAugmentConfig | MaskAugmentConfig
 EVAL_PIXELS = 8 << 20
 """Of all images of a batch that is only evaluated: the activations of larger ones would not fit into memory."""
 
@@ -67,8 +68,8 @@ def epoch_batches(
         world_size: How many processes there are.
 
     Yields:
-        Images, float32 [B / world_size, C, H, W] in channels_last format, and labels: int64 [B / world_size], or boxes, float32
-        [B / world_size, M, 6].
+        Images, float32 [B / world_size, C, H, W] in channels_last format, and labels: int64 [B / world_size], boxes, float32
+        [B / world_size, M, 6], or masks, uint8 [B / world_size, H, W].
 
     Raises:
         RecipeError: The batch cannot be shared out evenly, so averaged gradients would weigh images unequally.
@@ -86,6 +87,9 @@ def epoch_batches(
         if isinstance(augment, BoxAugmentConfig):
             boxes = augment_boxes.draw(len(batch), len(split), generator)
             images, labels = augment_boxes.transform(split, batch[low:high], augment, boxes.part(low, high))
+        elif isinstance(augment, MaskAugmentConfig):
+            masks = augment_masks.draw(len(batch), generator)
+            images, labels = augment_masks.transform(split, batch[low:high], augment, masks.part(low, high))
         else:
             choice = draw(len(batch), height, width, augment, generator)
             images = transform(torch.from_numpy(split.images[batch[low:high]]), augment, choice.part(low, high))
@@ -104,7 +108,8 @@ def eval_batches(
     """A whole split in its own order; every process gets its share of each batch, and no empty one.
 
     Yields:
-        Images, float32 [B, C, H, W] in channels_last format, and labels: int64 [B], or boxes, float32 [B, M, 6].
+        Images, float32 [B, C, H, W] in channels_last format, and labels: int64 [B], boxes, float32 [B, M, 6], or masks, uint8 [B,
+        H, W].
     """
     for start in range(0, len(split), batch_size):
         low, high = _share(min(batch_size, len(split) - start), rank, world_size)

@@ -37,6 +37,28 @@ class Classified:
 
 
 @dataclass(frozen=True, eq=False)
+class Segmented:
+    """A class for every pixel."""
+
+    indices: NDArray[np.int64]
+    """int64 [N, H, W]."""
+    classes: tuple[str, ...]
+    """Their names."""
+    logits: NDArray[np.float32]
+    """float32 [N, K, H, W]."""
+
+    def changed(self, other: Segmented) -> int:
+        """How many images have other classes in more than one of a hundred pixels."""
+        return int(np.sum((self.indices != other.indices).mean(axis=(1, 2)) > 0.01))
+
+    def margins(self) -> NDArray[np.float64]:
+        """How clear each image's decision is, [N]: the mean distance of the two best logits."""
+        ordered = np.sort(self.logits, axis=1).astype(np.float64)
+        margins: NDArray[np.float64] = (ordered[:, -1] - ordered[:, -2]).mean(axis=(1, 2))
+        return margins
+
+
+@dataclass(frozen=True, eq=False)
 class Detected:
     """Boxes in every image."""
 
@@ -57,15 +79,15 @@ class Detected:
         return np.array([float(boxes[:, 4].min() - self.confidence) if len(boxes) else 0.0 for boxes in self.boxes])
 
 
-def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | None) -> Classified | Detected:
+def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | None) -> Classified | Detected | Segmented:
     """What an engine's outputs mean.
 
     Args:
         outputs: Output name to array, one row per image.
         postprocessing: ``kind`` and its parameters. ``classification``: ``output`` (whose rows are logits) and ``classes`` (their
-            names in the order of the logits). ``detection``: ``output`` (raw predictions), ``classes``, ``size_px``, ``strides``,
-            ``anchors``, ``confidence``, ``iou`` and ``most`` (edgekd.engines.detections); ``nms`` is ``graph`` where the engine
-            gives ``detections`` too, which are read then.
+            names in the order of the logits). ``segmentation``: the same, with logits for every pixel. ``detection``: ``output``
+            (raw predictions), ``classes``, ``size_px``, ``strides``, ``anchors``, ``confidence``, ``iou`` and ``most``
+            (edgekd.engines.detections); ``nms`` is ``graph`` where the engine gives ``detections`` too, which are read then.
 
     Raises:
         DataError: io.json does not say what the outputs mean, the kind is not known here, or the output is not what it says.
@@ -73,13 +95,17 @@ def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] 
     if postprocessing is None:
         raise DataError("io.json does not say what the outputs mean", hint="export the model again with this edgekd")
     kind = postprocessing.get("kind")
-    if kind not in ("classification", "detection"):
-        raise DataError(f"postprocessing kind {kind!r}; this edgekd knows classification and detection")
+    if kind not in ("classification", "detection", "segmentation"):
+        raise DataError(f"postprocessing kind {kind!r}; this edgekd knows classification, detection and segmentation")
     in_graph = postprocessing.get("nms") == "graph"
     name, classes = detections.OUTPUT if in_graph else postprocessing["output"], tuple(postprocessing["classes"])
     if name not in outputs:
         raise DataError(f"expected an output {name!r}; the engine gave {', '.join(outputs) or 'none'}")
     values = np.asarray(outputs[name], np.float32)
+    if kind == "segmentation":
+        if values.ndim != 4 or values.shape[1] != len(classes):
+            raise DataError(f"the output {name!r} has shape {list(values.shape)}; expected [N, {len(classes)} classes, H, W]")
+        return Segmented(values.argmax(axis=1), classes, values)
     if kind == "classification":
         return _classified(name, values, classes)
     options = {key: postprocessing[key] for key in ("confidence", "iou", "most")}

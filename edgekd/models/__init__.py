@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from edgekd.errors import RecipeError, nearest
-from edgekd.models import mobilenet_v2, resnet_cifar, shufflenet_v2, superyolo, user, vgg, wide_resnet, zoo
+from edgekd.models import mobilenet_v2, resnet_cifar, shufflenet_v2, superyolo, unet, user, vgg, wide_resnet, zoo
 from edgekd.models.config import CALLABLE, ModelConfig
 from edgekd.models.weights import load_weights
 from edgekd.nn.taps import check_paths
@@ -47,6 +47,7 @@ MODELS: dict[str, Entry] = {
     "shufflenetv2": Entry(shufflenet_v2.shufflenetv2, shufflenet_v2.TAPS),
     "superyolo": Entry(superyolo.superyolo, superyolo.TAPS),
     "superyolo_small": Entry(superyolo.superyolo_small, superyolo.SMALL_TAPS),
+    "unet": Entry(unet.unet, unet.TAPS),
 }
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 NONE = "–"
-_SHARES = frozenset({"accuracy", "mAP50", "mAP50_95"})
+_SHARES = frozenset({"accuracy", "mAP50", "mAP50_95", "mIoU", "Dice", "pixel accuracy"})
 """Metrics that are shares, shown as percent."""
 _ROLES = {"student_alone": "student alone"}
 _STAGES = {

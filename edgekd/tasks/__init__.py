@@ -6,16 +6,28 @@ from pydantic import Field
 
 from edgekd.data.base import Dataset
 from edgekd.engines.detections import Heads
+from edgekd.errors import DataError
 from edgekd.tasks.anchors import fit_anchors
 from edgekd.tasks.base import Task
 from edgekd.tasks.classification import Classification, ClassificationConfig
 from edgekd.tasks.detection import ANCHORS, Detection, DetectionConfig
+from edgekd.tasks.segmentation import Segmentation, SegmentationConfig, balanced_weights
 from edgekd.tasks.yolo_loss import Gains
 
-AnyTask = ClassificationConfig | DetectionConfig
+AnyTask = ClassificationConfig | DetectionConfig | SegmentationConfig
 TaskConfig = Annotated[AnyTask, Field(discriminator="kind")]
 
-__all__ = ["Classification", "ClassificationConfig", "Detection", "DetectionConfig", "Task", "TaskConfig", "build"]
+__all__ = [
+    "Classification",
+    "ClassificationConfig",
+    "Detection",
+    "DetectionConfig",
+    "Segmentation",
+    "SegmentationConfig",
+    "Task",
+    "TaskConfig",
+    "build",
+]
 
 
 def build(config: AnyTask, data: Dataset) -> Task:
@@ -23,13 +35,16 @@ def build(config: AnyTask, data: Dataset) -> Task:
 
     Args:
         config: The section.
-        data: What it is about: anchors are fitted to its training boxes, where the section gives none.
+        data: What it is about: anchors are fitted to its training boxes, where the section gives none, and balanced weights to
+            its training pixels.
 
     Raises:
-        DataError: There is no box to fit them to.
+        DataError: There is no box to fit them to, or there are not as many weights as classes.
     """
     if isinstance(config, ClassificationConfig):
         return Classification(config.label_smoothing)
+    if isinstance(config, SegmentationConfig):
+        return _segmentation(config, data)
     anchors = (
         fit_anchors(data.train.labels, len(config.strides), ANCHORS)
         if config.anchors is None
@@ -38,3 +53,14 @@ def build(config: AnyTask, data: Dataset) -> Task:
     gains = Gains(config.box_gain, config.objectness_gain, config.class_gain)
     heads = Heads(data.height, tuple(config.strides), anchors)
     return Detection(heads, data.num_classes, config.iou, config.confidence, gains, config.nms)
+
+
+def _segmentation(config: SegmentationConfig, data: Dataset) -> Segmentation:
+    weights: tuple[float, ...] | None = None
+    if config.class_weights == "balanced":
+        weights = balanced_weights(data.train.labels, data.num_classes)
+    elif config.class_weights is not None:
+        weights = tuple(config.class_weights)
+        if len(weights) != data.num_classes:
+            raise DataError(f"task.class_weights has {len(weights)} numbers, and the data {data.num_classes} classes")
+    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight)

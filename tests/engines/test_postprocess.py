@@ -30,7 +30,11 @@ def test_the_task_decides_alike():
     ("outputs", "about", "message"),
     [
         ({"logits": LOGITS}, None, "does not say what the outputs mean"),
-        ({"logits": LOGITS}, {"kind": "tracking"}, "kind 'tracking'; this edgekd knows classification and detection"),
+        (
+            {"logits": LOGITS},
+            {"kind": "tracking"},
+            "this edgekd knows classification, detection and segmentation",
+        ),
         ({"boxes": LOGITS}, ABOUT, "expected an output 'logits'; the engine gave boxes"),
         ({"logits": LOGITS[:, :2]}, ABOUT, r"has shape \[2, 2\]; expected \[N, 3 classes\]"),
     ],
