@@ -5,7 +5,7 @@ bits of the size that uniform 5 bits have (and 4, and 3); and both under the flo
 the last epoch, mAP50 or accuracy on the test split, by the trained model itself. ``--engines`` builds and measures engines of
 what is trained: on a machine that does nothing else.
 
-    EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd cifar10] [--seeds 3] [--epochs 40] [--qat-epochs 8]
+    EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd cifar10 camvid] [--seeds 3] [--epochs 40] [--qat-epochs 8]
     [--variant ...]
 
 Each run is an ordinary ``edgekd compress`` into runs/ghost/DATA-SEED, so what is finished is reused. Writes
@@ -54,7 +54,15 @@ DATA: dict[str, dict[str, Any]] = {
         | {"augment": {"flip": True, "crop_padding_px": 4}},
         "student": {"model": {"name": "resnet20"}},
     },
+    "camvid": {
+        "task": {"kind": "segmentation", "class_weights": "balanced"},
+        "data": {"kind": "masks", "root": "seg_camvid", "size_px": [176, 240]}
+        | {"augment": {"scale": 0.3, "flip": True, "saturation": 0.3, "value": 0.3}},
+        "student": {"model": {"name": "unet", "arguments": {"width": 8}}},
+    },
 }
+OST_LAYERS = {"camvid": ["stage1", "stage2", "stage3", "stage4", "bottom", "top"]}
+"""Taps that one-to-one methods compare, where the model has no blocks of its own."""
 LONGER = {"simd": 5, "cifar10": 0.5}
 """Data of few images, or of many -> how many times as many epochs."""
 BATCH = {"cifar10": 64}
@@ -189,6 +197,8 @@ def run(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: flo
 def recipe(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: float | None) -> dict[str, Any]:
     """The run's recipe as data."""
     stage = json.loads(json.dumps(variants()[name]))
+    if data in OST_LAYERS and "method" in stage and stage["method"]["name"] != "raw_output":
+        stage["method"]["layers"] = OST_LAYERS[data]
     if size_mb is not None:
         stage["quantizer"]["budget"] = {"size_mb": size_mb}
     alone, together = epochs(data, given)
