@@ -131,6 +131,55 @@ def width() -> str:
     )  # fmt: skip
 
 
+def ghost() -> str:
+    """benchmarks/results/ghost_*.json, one table per data set."""
+    parts = []
+    for path in sorted(RESULTS.glob("ghost_*.json")):
+        found = json.loads(path.read_text())
+        values, summary = found["values"], found["summary"]
+        twins = {value["seed"]: value["float"] for value in values}
+        metric, account = values[0]["metric"], values[0]["account"]
+        rows = [
+            (
+                "float32",
+                str(len(twins)),
+                f"{100 * sum(twins.values()) / len(twins):.1f} %",
+                "–",
+                "–",
+                "32",
+                f"{account['size_float_mb']:.3f}",
+                f"{account['bops_float_g']:.1f}",
+            )
+        ]
+        for name, row in sorted(summary.items(), key=lambda entry: (entry[0].startswith("hybrid"), "+" in entry[0])):
+            same = row["from_same_size"] if row["from_same_size"]["mean"] is not None else row["from_uniform_5"]
+            rows.append(
+                (
+                    name,
+                    str(len(row["seeds"])),
+                    f"{100 * row['mean']:.1f} %",
+                    points(row["from_float"]),
+                    points(same) if name.startswith("hybrid") or "+" in name else "–",
+                    f"{row['mean_bits']:.1f}",
+                    f"{row['size_mb']:.3f}",
+                    f"{row['bops_g']:.1f}",
+                )
+            )
+        head = (found["data"], "seeds", metric, "points from float", "points from uniform, same size", "mean bits", "MB", "10⁹ BOPs")
+        parts.append(table(head, rows))
+    return "\n".join(parts)
+
+
+def points(found: dict[str, float | None]) -> str:
+    """A mean difference with its interval, in points."""
+    if found["mean"] is None:
+        return "–"
+    text = f"{100 * found['mean']:+.1f}"
+    if found["low"] is None or found["high"] is None:
+        return text
+    return f"{text} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+
 def startup() -> str:
     """benchmarks/results/startup.json as a table."""
     commands = json.loads((RESULTS / "startup.json").read_text())["commands"]
