@@ -165,7 +165,16 @@ def ghost() -> str:
                     f"{row['bops_g']:.1f}",
                 )
             )
-        head = (found["data"], "seeds", metric, "points from float", "points from uniform, same size", "mean bits", "MB", "10⁹ BOPs")
+        head = (
+            found["data"],
+            "seeds",
+            metric,
+            "points from float",
+            "points from uniform, same size",
+            "mean bits",
+            "MB",
+            "10⁹ BOPs",
+        )
         parts.append(table(head, rows))
     return "\n".join(parts)
 
@@ -383,7 +392,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart},
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
     "docs/recipes.md": {"options": options},
-    "docs/results.md": {"cifar10": cifar10, "h200": h200, "int8 width": width, "startup": startup},
+    "docs/results.md": {"cifar10": cifar10, "ghost": ghost, "h200": h200, "int8 width": width, "startup": startup},
 }
 
 if __name__ == "__main__":
