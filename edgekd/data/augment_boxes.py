@@ -8,6 +8,7 @@ Shape letters: B images, S side of an image, C channels, M boxes of an image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,9 @@ LEAST_PX, LEAST_SHARE = 2.0, 0.1
 Array = npt.NDArray[Any]
 
 
-class BoxAugmentConfig(Config):
-    """Random changes of training images; off by default."""
+class FlipsAndColours(Config):
+    """What boxes and masks have in common."""
 
-    mosaic: float = Field(0.0, ge=0, le=1)
-    """Share of images that are put together of four, around a random centre."""
-    scale: float = Field(0.0, ge=0, lt=1)
-    """Enlarge or shrink by a random factor within 1 - scale and 1 + scale."""
-    translate: float = Field(0.0, ge=0, le=0.5)
-    """Shift along each axis by at most so large a share of the side."""
     flip: bool = False
     """Mirror left and right, half of the images."""
     flip_vertical: bool = False
@@ -47,6 +42,27 @@ class BoxAugmentConfig(Config):
     """The same for the saturation."""
     value: float = Field(0.0, ge=0, le=1)
     """The same for the brightness, of every channel."""
+
+    def coloured(self, image: Array, shares: Sequence[float]) -> Array:
+        """An image, uint8 [H, W, C], with other colours.
+
+        Args:
+            image: The image.
+            shares: Three numbers in 0..1, for hue, saturation and value.
+        """
+        ranges = (self.hue, self.saturation, self.value)
+        return _coloured(image, [1 + gain * (2 * share - 1) for gain, share in zip(ranges, shares, strict=True)])
+
+
+class BoxAugmentConfig(FlipsAndColours):
+    """Random changes of training images; off by default."""
+
+    mosaic: float = Field(0.0, ge=0, le=1)
+    """Share of images that are put together of four, around a random centre."""
+    scale: float = Field(0.0, ge=0, lt=1)
+    """Enlarge or shrink by a random factor within 1 - scale and 1 + scale."""
+    translate: float = Field(0.0, ge=0, le=0.5)
+    """Shift along each axis by at most so large a share of the side."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +133,7 @@ def _one(split: Split, index: int, config: BoxAugmentConfig, numbers: list[float
         image, boxes[:, [1, 3]] = image[:, ::-1], size - boxes[:, [3, 1]]
     if config.flip_vertical and upside < 0.5:
         image, boxes[:, [2, 4]] = image[::-1], size - boxes[:, [4, 2]]
-    gains = [
-        1 + gain * (2 * share - 1) for gain, share in ((config.hue, hue), (config.saturation, saturation), (config.value, value))
-    ]
-    return coloured(image, gains), boxes
+    return config.coloured(image, (hue, saturation, value)), boxes
 
 
 def _real(labels: Array) -> Array:
@@ -183,7 +196,7 @@ def resized(image: Array, size: tuple[int, int], box: tuple[float, float, float,
     return np.stack([one(np.ascontiguousarray(image[:, :, channel])) for channel in range(image.shape[2])], axis=2)
 
 
-def coloured(image: Array, gains: list[float]) -> Array:
+def _coloured(image: Array, gains: list[float]) -> Array:
     """The image with hue, saturation and value multiplied; channels beyond the third, and grey ones, with the value alone."""
     from PIL import Image
 

@@ -16,28 +16,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from edgekd._config import Config
-from edgekd.data.augment_boxes import GREY, coloured, resized
+from edgekd.data.augment_boxes import GREY, FlipsAndColours, resized
 from edgekd.data.base import IGNORE, Split
 
 Array = npt.NDArray[Any]
 
 
-class MaskAugmentConfig(Config):
+class MaskAugmentConfig(FlipsAndColours):
     """Random changes of training images and their masks; off by default."""
 
     scale: float = Field(0.0, ge=0, lt=1)
     """Enlarge or shrink by a random factor within 1 - scale and 1 + scale, at a random place; what no image covers is ignored."""
-    flip: bool = False
-    """Mirror left and right, half of the images."""
-    flip_vertical: bool = False
-    """Mirror top and bottom, half of the images; for pictures without an up and down."""
-    hue: float = Field(0.0, ge=0, le=0.5)
-    """Multiply the hue by a random factor within 1 - hue and 1 + hue."""
-    saturation: float = Field(0.0, ge=0, le=1)
-    """The same for the saturation."""
-    value: float = Field(0.0, ge=0, le=1)
-    """The same for the brightness."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +74,7 @@ def _one(image: Array, labels: Array, config: MaskAugmentConfig, numbers: list[f
         image, labels = image[:, ::-1], labels[:, ::-1]
     if config.flip_vertical and upside < 0.5:
         image, labels = image[::-1], labels[::-1]
-    ranges = (config.hue, config.saturation, config.value)
-    gains = [1 + gain * (2 * share - 1) for gain, share in zip(ranges, colours, strict=True)]
-    return coloured(image, gains), labels
+    return config.coloured(image, colours), labels
 
 
 def _scaled(image: Array, labels: Array, factor: float, down: float, across: float) -> tuple[Array, Array]:

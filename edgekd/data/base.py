@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekd.errors import DataError
 
+Item = TypeVar("Item")
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
 """int64 [N], one class per image; float32 [N, M, 6], boxes (edgekd.data.boxes); or uint8 [N, H, W], masks (edgekd.data.masks)."""
@@ -127,6 +129,29 @@ def stratified_order(labels: Labels, keys: Sequence[str]) -> npt.NDArray[np.int6
         indices.sort(key=hashes.__getitem__)
         ranked.extend(((place + 0.5) / len(indices), hashes[index], index) for place, index in enumerate(indices))
     return np.array([index for _, _, index in sorted(ranked)], dtype=np.int64)
+
+
+def order_by_hash(items: Sequence[Item], key: Callable[[Item], str], limit: int | None) -> list[Item]:
+    """Items in an order that their names alone decide, by the hash of each, and cut: every stretch is a fair sample."""
+    hashes = [(hashlib.sha256(key(item).encode("utf-8", "surrogateescape")).digest(), index) for index, item in enumerate(items)]
+    return [items[index] for _, index in sorted(hashes)][:limit]
+
+
+def check_images_differ(paths: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse an image that is in two splits, under whatever name.
+
+    Args:
+        paths: Split -> its images.
+
+    Raises:
+        DataError: There is one.
+    """
+    seen: dict[Path, str] = {}
+    for split, images in paths.items():
+        for path in images:
+            other = seen.setdefault(path.resolve(), split)
+            if other != split:
+                raise DataError(f"{split} and {other} share the image {path}", hint="give each split images of its own")
 
 
 def image_digests(images: Images) -> Images:

@@ -11,13 +11,12 @@ front.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from edgekd._config import Config
 from edgekd.data import cache, letterbox
 from edgekd.data.augment_boxes import BoxAugmentConfig
-from edgekd.data.base import Dataset, Images, Labels, Part, assemble, carve
+from edgekd.data.base import Dataset, Images, Labels, Part, assemble, carve, check_images_differ, order_by_hash
 from edgekd.data.image_folder import EXTENSIONS, SplitsConfig
 from edgekd.data.paths import find
 from edgekd.errors import DataError, nearest
@@ -99,9 +98,6 @@ class YoloConfig(_BoxesConfig):
     """The file under root that names classes (`names`) and the folders of the splits (`train`, `val`, `test`, and `calib`)."""
 
 
-Item = TypeVar("Item")
-
-
 @dataclass(frozen=True, eq=False)
 class Listing:
     """The images of one split, before they are decoded."""
@@ -135,7 +131,7 @@ def load(config: CocoConfig | YoloConfig, search: Sequence[Path]) -> Dataset:
     """
     root = find(config.root, search)
     listings, classes = _coco(config, root) if isinstance(config, CocoConfig) else _yolo(config, root)
-    _check_files_differ(listings)
+    check_images_differ({name: listing.paths for name, listing in listings.items()})
     warnings = [warning for listing in listings.values() for warning in listing.warnings]
     parts = {name: _decoded(name, listing, config, warnings) for name, listing in listings.items()}
     wanted = {"calib": config.calibration_images, "val": config.val_images}
@@ -240,7 +236,7 @@ def _coco_listing(
             raise DataError(f"{where} has the category_id {entry.get('category_id')!r}; the file lists {sorted(ids)}")
         x, y, width, height = _four_numbers(where, entry.get("bbox"))
         rows[entry["image_id"]].append([ids[entry["category_id"]], x, y, x + width, y + height, float(entry.get("iscrowd") == 1)])
-    chosen = _in_order(sorted(names, key=lambda number: names[number]), lambda number: names[number], config.limit)
+    chosen = order_by_hash(sorted(names, key=lambda number: names[number]), lambda number: names[number], config.limit)
     warnings = _left_out(images, seen, config.infrared)
     for number in chosen:
         if not (images / names[number]).is_file():
@@ -377,7 +373,7 @@ def _yolo_listing(split: str, folders: Sequence[Path], classes: int, config: Yol
     if not paths:
         extensions = ", ".join(sorted(EXTENSIONS))
         raise DataError(f"{split} has no images in {', '.join(map(str, folders))}", hint=f"images end with: {extensions}")
-    chosen = _in_order(sorted(set(paths)), lambda path: f"{path.parent.name}/{path.name}", config.limit)
+    chosen = order_by_hash(sorted(set(paths)), lambda path: f"{path.parent.name}/{path.name}", config.limit)
     sizes = [letterbox.displayed_size(path) for path in chosen]
     missing, boxes = 0, []
     for path, size in zip(chosen, sizes, strict=True):
@@ -431,21 +427,6 @@ def _yolo_boxes(label: Path, size: tuple[int, int], classes: int) -> npt.NDArray
 # --- both
 
 
-def _in_order(items: Sequence[Item], key: Callable[[Item], str], limit: int | None) -> list[Item]:
-    """Ordered by the hash of their names, and cut."""
-    hashes = [(hashlib.sha256(key(item).encode("utf-8", "surrogateescape")).digest(), index) for index, item in enumerate(items)]
-    return [items[index] for _, index in sorted(hashes)][:limit]
-
-
-def _check_files_differ(listings: Mapping[str, Listing]) -> None:
-    seen: dict[Path, str] = {}
-    for split, listing in listings.items():
-        for path in listing.paths:
-            other = seen.setdefault(path.resolve(), split)
-            if other != split:
-                raise DataError(f"{split} and {other} share the image {path}", hint="give each split images of its own")
-
-
 def _decoded(name: str, listing: Listing, config: CocoConfig | YoloConfig, warnings: list[str]) -> Part:
     if not listing.paths:
         raise DataError(f"the split {name} has no images")
@@ -455,19 +436,11 @@ def _decoded(name: str, listing: Listing, config: CocoConfig | YoloConfig, warni
     def decode(index: int) -> Images:
         return letterbox.decode(listing.paths[index], size, config.channels, infrared[index])
 
-    if config.cache == "memory":
-        images, digests = cache.in_memory(shape, decode)
-    else:
-        import PIL
-
+    def describe() -> dict[str, Any]:
         files = [path for path in (*listing.paths, *infrared) if path is not None]
-        description = {
-            "letterbox": [str(path) for path in files],
-            "stamps": [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)],
-            "shape": shape,
-            "pillow": PIL.__version__,  # another version may decode or resize to other pixels
-        }
-        images, digests = cache.on_disk(shape, decode, description, warnings.append)
+        return {"letterbox": [str(path) for path in files], "stamps": cache.stamps(files)}
+
+    images, digests = cache.decode_all(config.cache, shape, decode, describe, warnings.append)
     return Part(images, _labels(name, listing, size, warnings), digests)
 
 

@@ -13,10 +13,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,38 @@ Decode = Callable[[int], Images]
 def cache_folder() -> Path:
     """$EDGEKD_CACHE, or ~/.cache/edgekd."""
     return Path(os.environ.get("EDGEKD_CACHE") or "~/.cache/edgekd").expanduser()
+
+
+def decode_all(
+    where: Literal["disk", "memory"],
+    shape: tuple[int, int, int, int],
+    decode: Decode,
+    describe: Callable[[], Mapping[str, Any]],
+    notice: Callable[[str], None],
+) -> tuple[Images, Images]:
+    """Every image of a split, decoded where the recipe says, and the sha256 of each.
+
+    Args:
+        where: ``disk`` for :func:`on_disk`, ``memory`` for :func:`in_memory`.
+        shape: [N, H, W, C].
+        decode: Index -> uint8 [H, W, C]; called from several threads.
+        describe: Gives everything but the shape that decides what the images are; asked for the disk alone.
+        notice: Told in one sentence of a damaged entry.
+
+    Raises:
+        DataError: As :func:`on_disk`.
+    """
+    if where == "memory":
+        return in_memory(shape, decode)
+    import PIL
+
+    # another version of Pillow may decode or resize to other pixels
+    return on_disk(shape, decode, {**describe(), "shape": shape, "pillow": PIL.__version__}, notice)
+
+
+def stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Size in bytes and modification time in nanoseconds of each file."""
+    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
 
 
 def in_memory(shape: tuple[int, int, int, int], decode: Decode) -> tuple[Images, Images]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -191,9 +191,19 @@ def _where(root: Path) -> str:
 
 
 def _class_names(root: Path, present: set[str]) -> list[str]:
+    named = names_in_file(root)
+    return sorted(present) if named is None else named
+
+
+def names_in_file(root: Path) -> list[str] | None:
+    """The lines of classes.txt; None where there is no such file.
+
+    Raises:
+        DataError: It cannot be read, or names a class twice.
+    """
     path = root / "classes.txt"
     if not path.is_file():
-        return sorted(present)
+        return None
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -262,17 +272,8 @@ def _decoded(listing: Listing, config: ImageFolderConfig, warnings: list[str]) -
     def decode(index: int) -> Images:
         return decode_image(listing.folder / listing.names[index], config.size_px, config.channels)
 
-    if config.cache == "memory":
-        images, digests = cache.in_memory(shape, decode)
-    else:
-        import PIL
+    def describe() -> dict[str, Any]:
+        return {"folder": str(listing.folder), "files": listing.names, "stamps": listing.stamps}
 
-        description = {
-            "folder": str(listing.folder),
-            "files": listing.names,
-            "stamps": listing.stamps,
-            "shape": shape,
-            "pillow": PIL.__version__,  # another version may decode or resize to other pixels
-        }
-        images, digests = cache.on_disk(shape, decode, description, warnings.append)
+    images, digests = cache.decode_all(config.cache, shape, decode, describe, warnings.append)
     return Part(images, listing.labels, digests)

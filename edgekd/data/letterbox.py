@@ -98,19 +98,24 @@ def decode(path: Path, size_px: int, channels: int, infrared: Path | None = None
     Raises:
         DataError: A file is no such image, or the two differ in size.
     """
-    image = _open(path, "L" if channels == 1 else "RGB")
+    image = open_image(path, "L" if channels == 1 else "RGB")
     colours = _placed(image, size_px)
     if channels != 4:
         return colours
     assert infrared is not None  # the loader names one per image
-    other = _open(infrared, "RGB")
+    other = open_image(infrared, "RGB")
     if other.size != image.size:
         sides = " instead of ".join(f"{width} x {height}" for width, height in (other.size, image.size))
         raise DataError(f"{infrared} has other sides than {path}: {sides}", hint="give images of one scene in one size")
     return np.concatenate([colours, _placed(other.getchannel(0), size_px)], axis=2)
 
 
-def _open(path: Path, mode: str) -> Any:
+def open_image(path: Path, mode: str) -> Any:
+    """A Pillow image as it is shown, turned as its file says, in a mode (RGB or L).
+
+    Raises:
+        DataError: The file is no 8-bit image that Pillow reads.
+    """
     from PIL import Image, ImageOps
 
     try:

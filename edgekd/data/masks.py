@@ -6,7 +6,6 @@ an order that only the files' names decide: every stretch is a fair sample, so v
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from pydantic import Field, field_validator
 from edgekd._config import Config
 from edgekd.data import cache
 from edgekd.data.augment_masks import MaskAugmentConfig
-from edgekd.data.base import IGNORE, Dataset, Images, Labels, Part, assemble, carve
-from edgekd.data.image_folder import EXTENSIONS, SplitsConfig
+from edgekd.data.base import IGNORE, Dataset, Images, Labels, Part, assemble, carve, check_images_differ, order_by_hash
+from edgekd.data.image_folder import EXTENSIONS, SplitsConfig, names_in_file
+from edgekd.data.letterbox import open_image
 from edgekd.data.paths import find
 from edgekd.errors import DataError
 
 STEP_PX = 16
 """Sides are multiples of it: the coarsest map of edgekd's models has that stride."""
-CLASSES_FILE = "classes.txt"
 
 
 class MasksConfig(Config):
@@ -104,11 +103,7 @@ def load(config: MasksConfig, search: Sequence[Path]) -> Dataset:
     folders = _folders(config, root)
     warnings: list[str] = []
     items = {name: _items(name, *paths, limit=config.limit, warnings=warnings) for name, paths in folders.items()}
-    seen: dict[Path, str] = {}
-    for name, found in items.items():
-        for item in found:
-            if (other := seen.setdefault(item.image.resolve(), name)) != name:
-                raise DataError(f"{name} and {other} share the image {item.image}", hint="give each split images of its own")
+    check_images_differ({name: [item.image for item in found] for name, found in items.items()})
     parts = {name: _decoded(found, config, warnings) for name, found in items.items()}
     classes = _classes(config, root, parts)
     _check_values(items, parts, classes)
@@ -166,7 +161,7 @@ def _items(name: str, images: Path, masks: Path, valid: Path | None, *, limit: i
     if extra := len(set(others) - set(pictures)):
         warnings.append(f"{extra} masks of {masks} have no image and were left out")
     kept = {} if valid is None else _images(valid)
-    chosen = sorted(pictures, key=lambda stem: hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest())[:limit]
+    chosen = order_by_hash(list(pictures), str, limit)
     for stem in chosen:
         for folder, files in ((masks, others), *([(valid, kept)] if valid is not None else [])):
             if stem not in files:
@@ -182,20 +177,11 @@ def _decoded(items: list[Item], config: MasksConfig, warnings: list[str]) -> Par
     def decode(index: int) -> Images:
         return _decode(items[index], config)
 
-    if config.cache == "memory":
-        both, digests = cache.in_memory(shape, decode)
-    else:
-        import PIL
-
+    def describe() -> dict[str, Any]:
         files = [path for item in items for path in (item.image, item.mask, item.valid) if path is not None]
-        description = {
-            "masks": [str(path) for path in files],
-            "stamps": [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)],
-            "shape": shape,
-            "valid": config.valid is not None,
-            "pillow": PIL.__version__,  # another version may decode or resize to other pixels
-        }
-        both, digests = cache.on_disk(shape, decode, description, warnings.append)
+        return {"masks": [str(path) for path in files], "stamps": cache.stamps(files), "valid": config.valid is not None}
+
+    both, digests = cache.decode_all(config.cache, shape, decode, describe, warnings.append)
     return Part(both[..., : config.channels], np.array(both[..., -1]), digests)
 
 
@@ -204,47 +190,38 @@ def _decode(item: Item, config: MasksConfig) -> Images:
     from PIL import Image
 
     height, width = config.size_px
-    image = _open(item.image, "RGB" if config.channels == 3 else "L")
-    mask = _open(item.mask, None)
+    image = open_image(item.image, "RGB" if config.channels == 3 else "L")
+    mask = _open_mask(item.mask)
     if mask.size != image.size:
         sides = " instead of ".join(f"{wide} x {high}" for wide, high in (mask.size, image.size))
         raise DataError(f"{item.mask} has other sides than its image: {sides}", hint="give each image a mask of its own size")
     labels = np.array(mask.resize((width, height), Image.Resampling.NEAREST))
     if item.valid is not None:
-        counted = np.asarray(_open(item.valid, "L").resize((width, height), Image.Resampling.NEAREST))
+        counted = np.asarray(open_image(item.valid, "L").resize((width, height), Image.Resampling.NEAREST))
         labels[counted == 0] = IGNORE
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, config.channels)
     return np.concatenate([pixels, labels[..., None]], axis=2)
 
 
-def _open(path: Path, mode: str | None) -> Any:
-    """An image in a mode; a mask (None) as it is: its values, or its palette's indices, are classes."""
-    from PIL import Image, ImageOps
+def _open_mask(path: Path) -> Any:
+    """A mask as it is: its values, or its palette's indices, are classes."""
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
-            if mode is None:
-                if file.mode not in ("L", "P", "1"):
-                    raise ValueError(f"it has colours (mode {file.mode}); a mask has one value a pixel")
-                file.load()
-                return file.convert("L") if file.mode == "1" else file.copy()
-            if file.mode[0] in "IF":
-                raise ValueError(f"its pixels have more than 8 bits (mode {file.mode})")
-            image = ImageOps.exif_transpose(file) or file
-            return (image.convert("RGBA") if image.mode == "P" else image).convert(mode)
+            if file.mode not in ("L", "P", "1"):
+                raise ValueError(f"it has colours (mode {file.mode}); a mask has one value a pixel")
+            file.load()
+            return file.convert("L") if file.mode == "1" else file.copy()
     except Exception as error:  # Pillow's formats raise OSError, SyntaxError, ValueError, struct.error and others
-        raise DataError(f"{path} cannot be read as {'a mask' if mode is None else 'an image'}: {error}") from error
+        raise DataError(f"{path} cannot be read as a mask: {error}") from error
 
 
 def _classes(config: MasksConfig, root: Path, parts: Mapping[str, Part]) -> list[str]:
     if config.classes is not None:
         return config.classes
-    path = root / CLASSES_FILE
-    if path.is_file():
-        try:
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read: {error}", hint="write one class name per line, in UTF-8") from error
+    if (named := names_in_file(root)) is not None:
+        return named
     labels: Labels = parts["train"].labels
     return [str(index) for index in range(int(labels[labels != IGNORE].max(initial=0)) + 1)]
 
