@@ -156,15 +156,10 @@ class Build:
         paths = module_paths(self._model, names)
         where = f" at {_list(describe(name, paths) for name in names)}" if names else ""
         blamed = _list(paths.get(name, name) for name in names) or "the layer that build.log names"
+        hint = f"try another precision{way_out}, or keep {blamed} in float through quantizer.skip; see build.log"
         if any(name.startswith(ADDED) for name in names):
-            raise BuildError(
-                f"{self._name} cannot build {self._model} for {target}{where}: {reason}",
-                hint="leave the suppression of boxes to edgekd.engines.postprocess: task.nms: outside",
-            )
-        raise BuildError(
-            f"{self._name} cannot build {self._model} for {target}{where}: {reason}",
-            hint=f"try another precision{way_out}, or keep {blamed} in float through quantizer.skip; see build.log",
-        )
+            hint = "leave the suppression of boxes to edgekd.engines.postprocess: task.nms: outside"
+        raise BuildError(f"{self._name} cannot build {self._model} for {target}{where}: {reason}", hint)
 
     def _parse_error(self, parser: Any) -> BuildError:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]

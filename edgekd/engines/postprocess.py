@@ -31,9 +31,7 @@ class Classified:
 
     def margins(self) -> NDArray[np.float64]:
         """How clear each image's decision is, [N]: the distance of the two best scores."""
-        ordered = np.sort(self.scores, axis=1).astype(np.float64)
-        margins: NDArray[np.float64] = ordered[:, -1] - ordered[:, -2]
-        return margins
+        return _lead(self.scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +51,7 @@ class Segmented:
 
     def margins(self) -> NDArray[np.float64]:
         """How clear each image's decision is, [N]: the mean distance of the two best logits."""
-        ordered = np.sort(self.logits, axis=1).astype(np.float64)
-        margins: NDArray[np.float64] = (ordered[:, -1] - ordered[:, -2]).mean(axis=(1, 2))
+        margins: NDArray[np.float64] = _lead(self.logits).mean(axis=(1, 2))
         return margins
 
 
@@ -113,6 +110,13 @@ def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] 
         detections.unpadded(values) if in_graph else detections.detect(values, detections.heads_from(postprocessing), **options)
     )
     return Detected(tuple(boxes), classes, float(options["confidence"]))
+
+
+def _lead(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The distance of the two largest values along axis 1: [N, K, ...] to [N, ...]."""
+    ordered = np.sort(values, axis=1).astype(np.float64)
+    lead: NDArray[np.float64] = ordered[:, -1] - ordered[:, -2]
+    return lead
 
 
 def _classified(name: str, logits: NDArray[np.float32], classes: tuple[str, ...]) -> Classified:

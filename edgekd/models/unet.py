@@ -66,9 +66,7 @@ class UNet(nn.Module):
         if width < 1 or not 1 <= depth <= DEEPEST:
             raise ValueError(f"width must be at least 1 and depth within 1 and {DEEPEST}; received {width} and {depth}")
         widths = [width * 2**index for index in range(depth + 1)]
-        self.encoder = nn.ModuleList(
-            DoubleConv(before, channels) for before, channels in zip([in_channels, *widths], widths[:-1], strict=False)
-        )
+        self.encoder = nn.ModuleList(DoubleConv(before, channels) for before, channels in pairwise([in_channels, *widths[:-1]]))
         self.pool = nn.MaxPool2d(2)
         self.bottom = DoubleConv(widths[-2], widths[-1])
         self.decoder = nn.ModuleList(Up(coarse, fine) for fine, coarse in pairwise(widths))

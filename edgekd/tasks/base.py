@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+from edgekd.errors import DataError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -40,3 +43,39 @@ class Task(Protocol):
 
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
         """The same as data, for io.json: ``kind`` and its parameters (edgekd.engines.postprocess)."""
+
+
+def find_output(outputs: Mapping[str, npt.NDArray[Any]], name: str) -> npt.NDArray[Any]:
+    """One of an engine's outputs.
+
+    Raises:
+        DataError: There is none of this name.
+    """
+    if name not in outputs:
+        raise DataError(f"expected an output {name!r}; the engine gave {', '.join(outputs) or 'none'}")
+    return outputs[name]
+
+
+def check_finite(name: str, values: npt.NDArray[Any]) -> None:
+    """Refuse an output with infinite values or none at all.
+
+    Raises:
+        DataError: It has some.
+    """
+    if bad := int(values.size - np.isfinite(values).sum()):
+        raise DataError(
+            f"{bad} of {values.size} values of the output {name!r} are not finite", hint="use a precision with a wider range"
+        )
+
+
+def checked_output(outputs: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """One of an engine's outputs, of this shape and finite.
+
+    Raises:
+        DataError: It is not.
+    """
+    values = find_output(outputs, name)
+    if values.shape != shape:
+        raise DataError(f"the output {name!r} has shape {list(values.shape)}; expected {list(shape)}")
+    check_finite(name, values)
+    return values

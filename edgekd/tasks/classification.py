@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.errors import DataError
+from edgekd.tasks.base import check_finite, find_output
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -66,16 +67,12 @@ class Classification:
         Raises:
             DataError: There is no such output, it has another shape, or it is not finite.
         """
-        if "logits" not in outputs:
-            raise DataError(f"expected an output 'logits'; the engine gave {', '.join(outputs) or 'none'}")
-        logits = outputs["logits"]
+        name = self.output_names[0]
+        logits = find_output(outputs, name)
         if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] <= labels.max():
             classes = f"at least {labels.max() + 1} classes"
-            raise DataError(f"the output 'logits' has shape {list(logits.shape)}; expected [{len(labels)} images, {classes}]")
-        if bad := int(logits.size - np.isfinite(logits).sum()):
-            raise DataError(
-                f"{bad} of {logits.size} values of the output 'logits' are not finite", hint="use a precision with a wider range"
-            )
+            raise DataError(f"the output {name!r} has shape {list(logits.shape)}; expected [{len(labels)} images, {classes}]")
+        check_finite(name, logits)
         # engine outputs are whole already, and one process alone evaluates them: under torchrun, adding up would wait for ever
         metric = _accuracy(all_processes=False)
         # copies: torch warns of arrays that it may not write to

@@ -19,6 +19,7 @@ from edgekd._config import Config
 from edgekd.engines import detections
 from edgekd.errors import DataError
 from edgekd.tasks.average_precision import MOST, average_precisions
+from edgekd.tasks.base import checked_output
 from edgekd.tasks.yolo_loss import Gains, detection_loss
 
 if TYPE_CHECKING:
@@ -115,18 +116,8 @@ class Detection:
 
     def details(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> dict[str, float]:
         """mAP50, and mAP50_95: averaged over overlaps of 0.5, 0.55, .. 0.95; arguments and errors as for :meth:`evaluate`."""
-        name = self.output_names[0]
-        if name not in outputs:
-            raise DataError(f"expected an output {name!r}; the engine gave {', '.join(outputs) or 'none'}")
-        predictions = outputs[name]
         wanted = (len(labels), self.heads.predictions, detections.BOX + self.classes)
-        if predictions.shape != wanted:
-            raise DataError(f"the output {name!r} has shape {list(predictions.shape)}; expected {list(wanted)}")
-        if bad := int(predictions.size - np.isfinite(predictions).sum()):
-            raise DataError(
-                f"{bad} of {predictions.size} values of the output {name!r} are not finite",
-                hint="use a precision with a wider range",
-            )
+        predictions = checked_output(outputs, self.output_names[0], wanted)
         if detections.OUTPUT in outputs:
             self._same_boxes(predictions, outputs[detections.OUTPUT])
         half, whole = average_precisions(self.detect(predictions, self.LEAST), labels, self.classes)
@@ -134,9 +125,7 @@ class Detection:
 
     def _same_boxes(self, predictions: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:
         """Hold a graph's boxes against those that its raw predictions give."""
-        expected, received = self.detect(predictions, self.confidence), detections.unpadded(rows)
-        most = sum(max(len(a), len(b)) for a, b in zip(expected, received, strict=True))
-        alone = sum(detections.unmatched(a, b, iou=SAME) for a, b in zip(expected, received, strict=True))
+        alone, most = _alone(self.detect(predictions, self.confidence), detections.unpadded(rows), iou=SAME)
         if alone > max(1, ROUNDED * most):
             raise DataError(
                 f"{alone} of {most} boxes of the output {detections.OUTPUT!r} are not those of the raw predictions",
@@ -147,9 +136,8 @@ class Detection:
         """The share of boxes that a user would act on which have no partner on the other side."""
         if not np.isfinite(received).all():
             return 1.0
-        one, other = (self.detect(each, self.confidence) for each in (expected, received))
-        most = sum(max(len(a), len(b)) for a, b in zip(one, other, strict=True))
-        return sum(detections.unmatched(a, b) for a, b in zip(one, other, strict=True)) / max(most, 1)
+        alone, most = _alone(*(self.detect(each, self.confidence) for each in (expected, received)))
+        return alone / max(most, 1)
 
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
         """All that edgekd.engines.postprocess needs to give boxes."""
@@ -165,6 +153,12 @@ class Detection:
             "most": MOST,
             "nms": self.nms,
         }
+
+
+def _alone(one: Sequence[npt.NDArray[Any]], other: Sequence[npt.NDArray[Any]], *, iou: float = 0.5) -> tuple[int, int]:
+    """How many boxes of two lists per image have no partner, and how many there are in the longer list of each image."""
+    pairs = list(zip(one, other, strict=True))
+    return sum(detections.unmatched(a, b, iou=iou) for a, b in pairs), sum(max(len(a), len(b)) for a, b in pairs)
 
 
 def padded(found: Sequence[npt.NDArray[np.float32]]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.data.base import IGNORE
-from edgekd.errors import DataError
+from edgekd.tasks.base import checked_output
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -75,13 +75,13 @@ class Segmentation:
         return loss + self.dice_weight * dice_loss(logits, labels) if self.dice_weight else loss
 
     def new_metric(self) -> Metric:
-        """MIoU."""
+        """The mean intersection over union."""
         from edgekd.tasks.segmentation_metric import MeanIoU
 
         return MeanIoU(self.classes)
 
     def evaluate(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> float:
-        """MIoU of an engine's outputs: the mean over the classes that labels or predictions have.
+        """The mean intersection over union of an engine's outputs: the mean over the classes that labels or predictions have.
 
         Args:
             outputs: ``logits``, [N, K, H, W].
@@ -94,27 +94,13 @@ class Segmentation:
 
     def details(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> dict[str, float]:
         """mIoU; the Dice coefficient, averaged over the same classes; and the share of pixels that are right."""
-        logits = self._checked(outputs, labels)
+        logits = checked_output(outputs, self.output_names[0], (len(labels), self.classes, *labels.shape[1:]))
         counts = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         for start in range(0, len(labels), IMAGES):
             here = slice(start, start + IMAGES)
             given = torch.from_numpy(logits[here].argmax(axis=1))
             counts += confusion(given, torch.from_numpy(np.array(labels[here])), self.classes)
         return figures(counts)
-
-    def _checked(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        name = self.output_names[0]
-        if name not in outputs:
-            raise DataError(f"expected an output {name!r}; the engine gave {', '.join(outputs) or 'none'}")
-        logits = outputs[name]
-        wanted = (len(labels), self.classes, *labels.shape[1:])
-        if logits.shape != wanted:
-            raise DataError(f"the output {name!r} has shape {list(logits.shape)}; expected {list(wanted)}")
-        if bad := int(logits.size - np.isfinite(logits).sum()):
-            raise DataError(
-                f"{bad} of {logits.size} values of the output {name!r} are not finite", hint="use a precision with a wider range"
-            )
-        return logits
 
     def changed(self, expected: npt.NDArray[Any], received: npt.NDArray[Any]) -> float:
         """The share of pixels, [N, K, H, W] each, whose class differs."""
@@ -139,7 +125,7 @@ def confusion(given: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def figures(counts: Tensor) -> dict[str, float]:
-    """MIoU and the Dice coefficient, averaged over the classes that labels or predictions have, and the share of right pixels."""
+    """Mean IoU and Dice coefficient, averaged over the classes that labels or predictions have, and the share of right pixels."""
     counts = counts.double()
     right, true, given = counts.diag(), counts.sum(1), counts.sum(0)
     there = true + given > 0
