@@ -23,7 +23,7 @@ from edgekd import data as data_kinds
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, file_sha256, write_json
 from edgekd.bench.host import describe as describe_host
 from edgekd.data.base import Dataset, Split
-from edgekd.deployment import Deployment, opset
+from edgekd.deployment import Deployment
 from edgekd.display import Display
 from edgekd.distill import stage as distill_stage
 from edgekd.distill.stage import DistillConfig
@@ -37,7 +37,7 @@ from edgekd.quantize import ladder, ptq
 from edgekd.quantize import stage as quantize_stage
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
-from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig, has_latency_budget
+from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig
 from edgekd.tasks import build as build_task
 from edgekd.timing import EngineTimer
 from edgekd.train import checkpoint as checkpoints
@@ -238,7 +238,7 @@ class Run:
             "source": source.id if source is not None else self._model_inputs(model),
             "teacher": teacher.id if teacher is not None and uses_teacher else None,
         }
-        if has_latency_budget(stage):  # its result holds for this machine alone
+        if isinstance(stage, QuantizeConfig) and stage.latency_ms is not None:  # its result holds for this machine alone
             inputs["cpu"] = self.record["environment"]["cpu"]
         return self._checkpoint(
             stage.model_dump(mode="json"), role=role, name=name, inputs=inputs, parents=tuple(p.id for p in parents), make=make
@@ -369,9 +369,8 @@ class Run:
         return thin(found, SMOKE_COUNTS).train if self.smoke else found.train
 
     def _engine_time(self, model: checkpoints.Loaded) -> EngineTime:
-        entry = next(entry for entry in self.recipe.deploy if "int8" in entry.precision)  # there is one: the recipe's check
         cpu, folder = self.record["environment"]["cpu"], self.store.root / "work" / "timing"
-        return EngineTimer(entry, self.recipe.measure, self.dataset, self.task, opset(self.recipe), cpu, folder)(model)
+        return EngineTimer(self.recipe, self.dataset, self.task, cpu, folder)(model)
 
     def _load_teacher(self, checkpoint: Checkpoint) -> checkpoints.Loaded:
         if self._teacher is None:

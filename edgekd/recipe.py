@@ -299,7 +299,8 @@ def _check_order(recipe: Recipe) -> list[Problem]:
             quantized = stage.kind
         if isinstance(stage, FinetuneConfig) and stage.super_resolution is not None:
             problems += _check_finer(("stages", number, "super_resolution"), stage.super_resolution.scale, recipe)
-        if has_latency_budget(stage) and not any("int8" in entry.precision for entry in recipe.deploy):
+        timed = isinstance(stage, QuantizeConfig) and stage.latency_ms is not None
+        if timed and not any("int8" in entry.precision for entry in recipe.deploy):
             problems.append(
                 Problem(
                     ("stages", number, "quantizer", "budget", "latency_ms"),
@@ -320,12 +321,6 @@ def _check_finer(path: Path_, scale: int, recipe: Recipe) -> list[Problem]:
         message = f"{scale} times {data.size_px} px is more than {LARGEST_PX} px"
         return [Problem((*path, "scale"), message, "lower it, or data.size_px")]
     return []
-
-
-def has_latency_budget(stage: object) -> bool:
-    """Whether a stage quantizes within a latency, which is measured."""
-    budget = getattr(getattr(stage, "quantizer", None), "budget", None)
-    return budget is not None and budget.latency_ms is not None
 
 
 def _check_deploy(recipe: Recipe) -> list[Problem]:

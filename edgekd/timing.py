@@ -10,13 +10,14 @@ import numpy as np
 
 from edgekd.artifacts import write_json
 from edgekd.data.base import Dataset
+from edgekd.deployment import opset
 from edgekd.engines import encoding_for, onnx_layers, options_dict
 from edgekd.errors import TrainingError
 from edgekd.export import onnx
+from edgekd.export import stage as export_stage
 from edgekd.export.qdq import encode
-from edgekd.export.stage import preprocessing
 from edgekd.jobs import BenchJob, BuildJob, JobResult
-from edgekd.recipe import DeployConfig, MeasureConfig
+from edgekd.recipe import Recipe
 from edgekd.targets.local import Local
 from edgekd.tasks.base import Task
 from edgekd.train.checkpoint import Loaded
@@ -29,20 +30,16 @@ class EngineTimer:
     """Builds and times engines in a folder of its own, which holds nothing afterwards.
 
     Args:
-        entry: Which backend, and how many images at a time.
-        measure: How long.
+        recipe: Its first deploy entry with int8 says which backend, and how many images at a time.
         dataset: Its calibration images are what engines are timed on.
-        task: Names the outputs.
-        opset: Of the files.
+        task: Says what the outputs are called and mean.
         cpu: The CPU's description, as edgekd.bench.host gives it.
         folder: Where to work; made where it is missing.
     """
 
-    def __init__(
-        self, entry: DeployConfig, measure: MeasureConfig, dataset: Dataset, task: Task, opset: int, cpu: Any, folder: Path
-    ) -> None:
-        self.entry, self.measure, self.dataset, self.task = entry, measure, dataset, task
-        self.opset, self.cpu, self.folder = opset, cpu, folder
+    def __init__(self, recipe: Recipe, dataset: Dataset, task: Task, cpu: Any, folder: Path) -> None:
+        self.entry = next(entry for entry in recipe.deploy if "int8" in entry.precision)  # there is one: the recipe's check
+        self.recipe, self.dataset, self.task, self.cpu, self.folder = recipe, dataset, task, cpu, folder
         self.target = Local()
 
     def __call__(self, loaded: Loaded) -> EngineTime:
@@ -64,18 +61,24 @@ class EngineTimer:
         quantized = loaded.architecture.quantization is not None
         precision = "int8" if quantized else "float32"
         module = encode(loaded.module, encoding_for(self.entry.backend, self.cpu)) if quantized else loaded.module.eval()
-        file = onnx.export(module, loaded.architecture.example(), output_names=self.task.output_names, opset=self.opset)
+        file = onnx.export(
+            module,
+            loaded.architecture.example(),
+            output_names=self.task.output_names,
+            opset=opset(self.recipe),
+            batch=self.recipe.export.batch,
+        )
         path = self.folder / "model.onnx"
         onnx.save(file, path)
         write_json(self.folder / "layers.json", onnx_layers.layers(file))
-        write_json(self.folder / "io.json", onnx.describe(file, preprocessing(self.dataset), precision))
+        export_stage.complete(file, self.folder, self.dataset, self.task, precision)
         built = self._job(
             BuildJob(model=str(path), backend=options_dict(self.entry.backend), precision=precision, out=str(engine))
         )
         images = self.folder / "images.npy"
         np.save(images, np.ascontiguousarray(self.dataset.calib.images[:IMAGES]), allow_pickle=False)
-        warmup_s, duration_s = self.measure.warmup_s, self.measure.duration_s
-        timed = self._job(BenchJob(str(engine), str(images), self.entry.batch, warmup_s, duration_s))
+        measure = self.recipe.measure
+        timed = self._job(BenchJob(str(engine), str(images), self.entry.batch, measure.warmup_s, measure.duration_s))
         layers: dict[str, float] = {}
         for row in built.payload.get("audit", {}).get("layers", []):
             if row["time_us"] is not None:

@@ -107,13 +107,25 @@ def run(
     if encoding == "float16":
         result["kept_float32"] = [asdict(entry) for entry in kept]
     write_json(folder / "parity.json", result)
+    complete(model, folder, dataset, task, "int8" if integers else PRECISIONS.get(encoding, encoding))
+    return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
+
+
+def complete(model: Any, folder: Path, dataset: Dataset, task: Task, precision: str) -> None:
+    """Write io.json beside a model.onnx, and let the file suppress boxes itself where the task says so.
+
+    Args:
+        model: The onnx.ModelProto that is in the folder; changed with the file.
+        folder: Holds model.onnx.
+        dataset: Gives the preprocessing and the classes' names.
+        task: Says what the outputs mean.
+        precision: What engines of it run in.
+    """
     postprocessing = task.postprocessing(dataset.classes)
     if postprocessing.get("nms") == "graph":
         nms.attach(model, postprocessing)
-        onnx.save(model, path)
-    io = onnx.describe(model, preprocessing(dataset), "int8" if integers else PRECISIONS.get(encoding, encoding))
-    write_json(folder / "io.json", {**io, "postprocessing": postprocessing})
-    return {"encoding": encoding, "size_bytes": path.stat().st_size, "parity": result}
+        onnx.save(model, folder / "model.onnx")
+    write_json(folder / "io.json", {**onnx.describe(model, preprocessing(dataset), precision), "postprocessing": postprocessing})
 
 
 def _tensors(quantized: nn.Module, model: Any, images: Tensor) -> dict[str, Any]:

@@ -44,7 +44,6 @@ class BitBudgetConfig(Config):
     """Largest size of all weights, at the bits trained, in megabytes of 10^6 bytes."""
     bops_g: float | None = Field(None, gt=0)
     """Most bit operations for one image, in units of 10^9."""
-
     latency_ms: float | None = Field(None, gt=0)
     """Largest median latency of the engine of the first deploy entry with int8, milliseconds; bits below 8 save none, so it
     decides how many layers stay in float, and `threshold` gives the others their bits."""
@@ -95,6 +94,11 @@ class HybridConfig(Config):
             raise ValueError("bits gives every layer the same, and budget searches: remove one of the two")
         return self
 
+    @property
+    def latency_ms(self) -> float | None:
+        """The budget, where it is a latency."""
+        return None if self.budget is None else self.budget.latency_ms
+
 
 @dataclass(frozen=True)
 class DorefaWeights:
@@ -133,7 +137,7 @@ def find_bits(config: HybridConfig, traced: fx.GraphModule, placement: Placement
         return dict.fromkeys(paths, config.bits)
     distortions = _distortions(config, traced, paths)
     official = config.placement == "official"
-    if config.budget is None or config.budget.latency_ms is not None:
+    if config.budget is None or config.latency_ms is not None:
         return distortions.bits(config.threshold, k_min=config.k_min, k_max=config.k_max, clip_fallback=not official)
     rows = bops.rows(traced, example)
 

@@ -49,6 +49,11 @@ class QuantizeConfig(Config):
     task_weight: float = Field(0.1, ge=0, le=1000)
     """Weight of the task loss where there is a method."""
 
+    @property
+    def latency_ms(self) -> float | None:
+        """What an engine may take, where that decides which layers are quantized."""
+        return self.quantizer.latency_ms if isinstance(self.quantizer, HybridConfig) else None
+
 
 def prepare(config: qat.AnyQuantizer, source: Loaded) -> Loaded:
     """The source model with quantizers, not yet calibrated."""
@@ -111,24 +116,24 @@ def within_latency(
     quantizer: qat.AnyQuantizer, source: Loaded, context: Context, work: Path
 ) -> tuple[qat.AnyQuantizer, dict[str, Any]]:
     """The quantizer with the layers that a latency budget leaves in float, and how they were found; unchanged without one."""
-    if not isinstance(quantizer, HybridConfig) or quantizer.budget is None or quantizer.budget.latency_ms is None:
+    if not isinstance(quantizer, HybridConfig) or (limit := quantizer.latency_ms) is None:
         return quantizer, {}
-    limit, engine_time = quantizer.budget.latency_ms, context.engine_time
-    assert engine_time is not None  # the recipe's check
-    images = list(calibration_batches(context.dataset, LATENCY_IMAGES))
-    bits = hybrid.layer_bits(prepare(quantizer, source).module)
 
     def keeping(paths: list[str]) -> HybridConfig:
         return quantizer.model_copy(update={"skip": [*quantizer.skip, *paths]})
 
-    def make(paths: list[str]) -> Loaded:
-        made = qat.prepare(source.module, source.taps, keeping(paths), source.architecture.example(), bits)
-        qat.calibrate(made, images)
-        return _described(made, source)
-
     def find() -> dict[str, Any]:
+        assert context.engine_time is not None  # the recipe's check
+        images = list(calibration_batches(context.dataset, LATENCY_IMAGES))
+        bits = hybrid.layer_bits(prepare(quantizer, source).module)
+
+        def make(paths: list[str]) -> Loaded:
+            made = qat.prepare(source.module, source.taps, keeping(paths), source.architecture.example(), bits)
+            qat.calibrate(made, images)
+            return _described(made, source)
+
         errors = hybrid.errors(quantizer, source.module, bits)
-        return latency.search(limit, errors, source, make, engine_time, context.say)
+        return latency.search(limit, errors, source, make, context.engine_time, context.say)
 
     # one process looks, and all go its way
     found = latency.remembered(work, find) if context.fabric.is_global_zero else {}
