@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from ghost import AUGMENT
-from run_recipe import RESULTS, ROOT, collect
+from run_recipe import RESULTS, ROOT, collect, compress
 
 RUNS = ROOT / "runs" / "detector_512"
 RESULT = RESULTS / "detector_512.json"
@@ -35,7 +32,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="end before engines are built")
     given = parser.parse_args()
     first = {"kind": "finetune", "train": {**TRAIN, "epochs": 30, "lr": 0.002, "weight_decay": 5e-4}}
-    coarse = compress("coarse", given, 256, None, [first], [])
+    coarse = part("coarse", given, 256, None, [first], [])
     (checkpoint,) = coarse.glob("*-finetune-*")
     fine: list[dict[str, Any]] = [
         {"kind": "finetune", "train": {**TRAIN, "epochs": 6, "lr": 0.0005, "weight_decay": 5e-4}},
@@ -48,7 +45,7 @@ def main() -> None:
     deploy = [
         {"backend": {"name": backend, "threads": 1}, "precision": ["float32", "int8"]} for backend in ("onnxruntime", "openvino")
     ]
-    run = compress("fine", given, 512, checkpoint / "model.safetensors", fine, [] if given.train else deploy)
+    run = part("fine", given, 512, checkpoint / "model.safetensors", fine, [] if given.train else deploy)
     if given.train:
         return
     results: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {"schema": 1, "seeds": {}}
@@ -57,7 +54,7 @@ def main() -> None:
     print(f"wrote {RESULT.relative_to(ROOT)}")
 
 
-def compress(
+def part(
     name: str,
     given: argparse.Namespace,
     size_px: int,
@@ -77,15 +74,9 @@ def compress(
         "deploy": deploy,
         "measure": {"warmup_s": 0.5, "duration_s": 4, "compare_s": 20},
     }
-    RUNS.mkdir(parents=True, exist_ok=True)
-    file, out = RUNS / f"{name}-{given.seed}.yaml", RUNS / f"{name}-{given.seed}"
-    file.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment["OMP_NUM_THREADS"] = str(given.threads)
-    command = [sys.executable, "-m", "edgekd", "compress", str(file), "--out", str(out)]
-    done = subprocess.run(command, check=False, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{name} failed with exit code {done.returncode}")
+    out = RUNS / f"{name}-{given.seed}"
+    if code := compress(recipe, RUNS / f"{name}-{given.seed}.yaml", out, given.threads):
+        raise SystemExit(f"{name} failed with exit code {code}")
     return out
 
 

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from run_recipe import RESULTS, ROOT
+from run_recipe import RESULTS, ROOT, compress
 
 from edgekd.artifacts import read_artifact
 
@@ -155,16 +152,10 @@ def run(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: flo
         known = json.loads((folder / "value.json").read_text())
         if known["engines"] or not given.engines:
             return folder
-    folder.mkdir(parents=True, exist_ok=True)
     content = recipe(data, seed, name, given, size_mb)
-    file = folder / "recipe.yaml"
-    file.write_text(json.dumps(content, indent=1))  # JSON is YAML
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment["OMP_NUM_THREADS"] = str(given.threads)
-    command = [sys.executable, "-m", "edgekd", "compress", str(file), "--out", str(shared)]
-    done = subprocess.run(command, check=False, cwd=ROOT, env=environment)
-    if done.returncode not in (0, 1):  # 1: some engine failed or is slower, which the report says
-        raise SystemExit(f"{data} {seed} {name} failed with exit code {done.returncode}")
+    code = compress(content, folder / "recipe.yaml", shared, given.threads)
+    if code not in (0, 1):  # 1: some engine failed or is slower, which the report says
+        raise SystemExit(f"{data} {seed} {name} failed with exit code {code}")
     record = json.loads((shared / "run.json").read_text())
     report = json.loads((shared / "report" / "report.json").read_text())
     artifacts = {model["stage"]: read_artifact(shared / model["folder"]) for model in record["models"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,26 @@ def main() -> None:
 
 
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def compress(content: dict[str, Any], file: Path, out: Path, threads: int) -> int:
+    """Write a recipe and run it with this checkout's edgekd.
+
+    Args:
+        content: The recipe as data.
+        file: Where it is written.
+        out: The run directory; what is finished there is reused.
+        threads: Of the trainings.
+
+    Returns:
+        The exit code.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))  # JSON is YAML
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, "-m", "edgekd", "compress", str(file), "--out", str(out)]
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode
 
 
 def collect(run: Path) -> dict[str, Any]:
