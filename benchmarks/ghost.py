@@ -67,11 +67,11 @@ BATCH = {"cifar10": 64}
 UNIFORM = (8, 6, 5, 4, 3)
 METHODS: dict[str, dict[str, Any]] = {
     "ost": {"name": "ost", "weight": 25},
-    "ost, published gate": {"name": "ost", "weight": 25, "detach_gate": False},
     "afd": {"name": "afd", "weight": 25},
     "scrm": {"name": "scrm", "weight": 1},
     "hcl": {"name": "hcl", "weight": 0.1},
     "raw output": {"name": "raw_output", "weight": 0.1},
+    "ost, published gate": {"name": "ost", "weight": 25, "detach_gate": False},
 }
 REFERENCE = "uniform 5"
 LIKE = {"hybrid, size of 4 bits": "uniform 4", "hybrid, size of 3 bits": "uniform 3"}
@@ -87,12 +87,13 @@ def variants() -> dict[str, dict[str, Any]]:
         "hybrid": hybrid,
         "hybrid + ost": {**hybrid, "method": METHODS["ost"]},
         REFERENCE: {"quantizer": {"kind": "hybrid", "bits": 5}},
-        "uniform 5 + ost": {"quantizer": {"kind": "hybrid", "bits": 5}, "method": METHODS["ost"]},
     }
-    found |= dict.fromkeys(LIKE, hybrid)
     found |= {f"uniform {bits}": {"quantizer": {"kind": "hybrid", "bits": bits, "k_max": 8}} for bits in UNIFORM if bits != 5}
+    found |= {f"hybrid + {name}": {**hybrid, "method": method} for name, method in METHODS.items() if name != "ost"}
+    found |= dict.fromkeys(LIKE, hybrid)
+    found["uniform 5 + ost"] = {"quantizer": {"kind": "hybrid", "bits": 5}, "method": METHODS["ost"]}
     found["hybrid + ost, published ranges"] = {"quantizer": {"kind": "hybrid", "ranges": "unit"}, "method": METHODS["ost"]}
-    return found | {f"hybrid + {name}": {**hybrid, "method": method} for name, method in METHODS.items() if name != "ost"}
+    return found
 
 
 def main() -> None:
