@@ -1,11 +1,14 @@
 """Small data, models and settings for tests that train; the subprocesses that such tests start import it too."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import torch
 from torch import nn
 
 from edgekd.data.augment import AugmentConfig
-from edgekd.data.base import Dataset, Split
+from edgekd.data.base import IGNORE, Dataset, Split
 from edgekd.tasks import Classification
 from edgekd.train.hardware import ComputeConfig, make_fabric
 from edgekd.train.loop import Setting
@@ -35,11 +38,30 @@ def dataset(train=32, size_px=8, channels=3, classes=CLASSES):
     )
 
 
-def setting(work, *, compute=None, data=None, augment=None, seed=3, **callbacks):
+def scenes(train=32, size_px=32, channels=3, classes=CLASSES):
+    """Images whose quarters have a brightness per class, with the masks that say so; a border that does not count."""
+    draw = np.random.default_rng(0)
+
+    def split(name, count):
+        quarters = draw.integers(0, classes, (count, 2, 2)).astype(np.uint8)
+        labels = quarters.repeat(size_px // 2, 1).repeat(size_px // 2, 2)
+        levels = 40 + labels[..., None] * (180 // classes)
+        images = np.clip(draw.normal(levels, 25, (count, size_px, size_px, channels)), 0, 255)
+        labels[:, 0] = IGNORE
+        return Split(name, images.astype(np.uint8), labels)
+
+    return dataclasses.replace(
+        dataset(channels=channels, classes=classes),
+        **{name: split(name, count) for name, count in (("train", train), ("val", 6), ("test", 6), ("calib", 4))},
+        fingerprint="toy scenes",
+    )
+
+
+def setting(work, *, compute=None, data=None, augment=None, seed=3, task=None, **callbacks):
     """A Setting on one CPU thread, or where ``compute`` says."""
     return Setting(
         fabric=make_fabric(compute or ComputeConfig(accelerator="cpu", threads=1)),
-        task=Classification(),
+        task=task or Classification(),
         dataset=data or dataset(),
         augment=augment or AugmentConfig(flip=True, crop_padding_px=1),
         seed=seed,
@@ -78,9 +100,15 @@ def net(seed=0, **arguments):
 
 
 def same_state(first, second):
-    """Every tensor of two state dicts is equal, bit for bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    """Every value of two state dicts is equal, tensors bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_state(first[name], second[name]) for name in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(same_state(a, b) for a, b in zip(first, second, strict=True))
+    return first == second
 
 
 def state_of(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
+    return copy.deepcopy(module.state_dict())

@@ -53,6 +53,9 @@ class MasksConfig(Config):
     """Images carved out of train for calib where no split is given for it; at most a tenth of train."""
     val_images: int = Field(default=500, ge=1)
     """Images carved out of train for val where no split is given for it; at most a tenth of train."""
+    labelled: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training images that keep their labels, always the same images; no pixel of the others counts: for methods
+    that learn from unlabelled images too."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many images per split, for a quick try; always the same ones."""
     cache: Literal["disk", "memory"] = "disk"
@@ -109,6 +112,8 @@ def load(config: MasksConfig, search: Sequence[Path]) -> Dataset:
     _check_values(items, parts, classes)
     wanted = {"calib": config.calibration_images, "val": config.val_images}
     carved, notes = carve(parts["train"], {name: count for name, count in wanted.items() if name not in parts})
+    train = carved["train"].labels
+    train[max(1, round(config.labelled * len(train))) :] = IGNORE  # the order is that of the names' hashes: a fair sample
     return assemble({**parts, **carved}, classes, [*warnings, *notes])
 
 

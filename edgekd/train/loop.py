@@ -111,6 +111,7 @@ def train(
         )
     _place(student, None, torch.channels_last)
     module: nn.Module = objective  # type: ignore[assignment]
+    module.to(fabric.device)  # before its state is loaded: an adversary's optimizer keeps its own beside the parameters
     optimizer = make_optimizer([student, module], config)
     average = Average(student, config.ema_decay) if config.ema_decay is not None else None
     saved = _load(setting)
@@ -140,6 +141,7 @@ def train(
             task_weight=task_weight,
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
+            total_steps=config.epochs * steps_per_epoch,
         )
         if average is not None:
             average.values = {name: value.to(fabric.device) for name, value in average.values.items()}
@@ -258,7 +260,6 @@ def _wrap(
         synchronize(student, fabric.device)
         synchronize(objective, fabric.device)
     wrapped, optimizer = fabric.setup(student, optimizer)
-    objective.to(fabric.device)
     return wrapped, optimizer
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from edgekd._config import Config
+from edgekd.nn.adversary import stage_parameters
 
 
 class TrainConfig(Config):
@@ -47,12 +48,12 @@ class TrainConfig(Config):
 
 
 def make_optimizer(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters of the modules, each parameter once."""
+    """The optimizer over all trainable parameters of the modules but those of adversaries, each parameter once."""
     seen: set[int] = set()
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for module in modules:
-        for parameter in module.parameters():
+        for parameter in stage_parameters(module):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 (decayed if parameter.ndim >= 2 else plain).append(parameter)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import TrainingError
+from edgekd.nn.adversary import stage_parameters
 from edgekd.nn.taps import capture
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class StepInputs:
     step: int
     """Optimizer steps done so far in this stage."""
     epoch: int
+    progress: float = 0.0
+    """Share of this stage's steps that are done, 0..1: for schedules of a method's own."""
 
 
 class Objective(Protocol):
@@ -102,6 +105,12 @@ class TrainState:
     accumulate: int = 1
     step: int = 0
     epoch: int = 0
+    total_steps: int = 1
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that are done, 0..1."""
+        return self.step / self.total_steps
 
 
 def forward(state: TrainState, images: Tensor, labels: Tensor) -> StepInputs:
@@ -112,7 +121,7 @@ def forward(state: TrainState, images: Tensor, labels: Tensor) -> StepInputs:
             teacher = Outputs(state.teacher(images), taps)
     with capture(state.inner, state.student_taps) as taps:
         student = Outputs(state.student(images), taps)
-    return StepInputs(images, labels, student, teacher, state.step, state.epoch)
+    return StepInputs(images, labels, student, teacher, state.step, state.epoch, state.progress)
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -167,7 +176,7 @@ def finite(terms: Mapping[str, Tensor], state: TrainState) -> dict[str, float]:
 def _average_objective_gradients(state: TrainState) -> None:
     """Do for the objective's parameters what DistributedDataParallel does for the student's."""
     if state.fabric.world_size > 1:
-        for parameter in state.objective.parameters():
+        for parameter in stage_parameters(state.objective):  # type: ignore[arg-type]  # an nn.Module, see Objective
             if parameter.grad is not None:
                 state.fabric.all_reduce(parameter.grad, reduce_op="mean")  # in place
 

@@ -1,11 +1,16 @@
 """What every distillation method must do, asked of every member of ``METHODS``; and what must exist beside it.
 
-Each method is built with its defaults, for two models of the table that differ in depth and width, and trained by the real loop.
+Each method is built with its defaults and what its row of ``PAIRINGS`` adds, for two models of the table that differ in width,
+and trained by the real loop.
 """
 
+import dataclasses
 import re
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +18,44 @@ import toy
 from ruamel.yaml import YAML
 
 from edgekd import models
+from edgekd.data.augment import AugmentConfig
+from edgekd.data.augment_masks import MaskAugmentConfig
+from edgekd.data.base import Dataset
 from edgekd.distill import METHODS
 from edgekd.errors import RecipeError
 from edgekd.models import ModelConfig
+from edgekd.tasks import Classification, Segmentation
+from edgekd.tasks.base import Task
 from edgekd.train.checkpoint import Architecture, Loaded
 from edgekd.train.hardware import ComputeConfig
 from edgekd.train.loop import train
 from edgekd.train.optim import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDENT, TEACHER = ModelConfig(name="resnet8"), ModelConfig(name="wrn_16_2")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What a method is tried on."""
+
+    student: ModelConfig
+    teacher: ModelConfig | None
+    task: Task
+    data: Callable[[], Dataset]
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the method: only to make it small."""
+
+
+def unet(width):
+    return ModelConfig(name="unet", arguments={"width": width})
+
+
+CLASSES = Pairing(
+    ModelConfig(name="resnet8"), ModelConfig(name="wrn_16_2"), Classification(), lambda: toy.dataset(train=32, size_px=16)
+)
+MASKS = Pairing(unet(4), unet(8), Segmentation(toy.CLASSES), toy.scenes)
+PAIRINGS: dict[str, Pairing] = {}
+"""Method -> what it is tried on, where that is not two classifiers."""
 
 
 def name_of(config):
@@ -33,26 +66,40 @@ def name_of(config):
 EVERY = pytest.mark.parametrize("method", METHODS, ids=name_of)
 
 
-def loaded(config, module):
-    return Loaded(module, models.taps(config, module), Architecture(config.model_dump(mode="json"), toy.CLASSES, 3, 16, 16))
+def loaded(config, module, size_px):
+    return Loaded(
+        module, models.taps(config, module), Architecture(config.model_dump(mode="json"), toy.CLASSES, 3, size_px, size_px)
+    )
 
 
 class Pair:
     """A student, a teacher and the method between them, all from seeds."""
 
     def __init__(self, method, work, *, precision="32-true"):
+        self.pairing = pairing = PAIRINGS.get(name_of(method), CLASSES)
+        data = pairing.data()
         torch.manual_seed(1)
-        self.student = models.build(STUDENT, num_classes=toy.CLASSES, in_channels=3)
+        self.student = models.build(pairing.student, num_classes=toy.CLASSES, in_channels=3)
         torch.manual_seed(2)
-        self.teacher = models.build(TEACHER, num_classes=toy.CLASSES, in_channels=3)
+        self.teacher = pairing.teacher and models.build(pairing.teacher, num_classes=toy.CLASSES, in_channels=3)
         self.setting = toy.setting(
             work,
             compute=ComputeConfig(accelerator="cpu", threads=1, precision=precision),
-            data=toy.dataset(train=32, size_px=16),
+            data=data,
+            task=pairing.task,
+            augment=AugmentConfig(flip=True, crop_padding_px=1) if pairing is CLASSES else MaskAugmentConfig(flip=True),
         )
         torch.manual_seed(3)
-        self.distiller = method(name=name_of(method)).build(loaded(STUDENT, self.student), loaded(TEACHER, self.teacher))
+        config = method(name=name_of(method), **pairing.arguments)
+        self.distiller = config.build(
+            loaded(pairing.student, self.student, data.height),
+            self.teacher and loaded(pairing.teacher, self.teacher, data.height),
+        )
         self.distiller.prepare(self.student, self.teacher, self.setting)
+
+    def taps(self, owner):
+        """Role -> module path of the student or the teacher."""
+        return models.taps(getattr(self.pairing, owner), getattr(self, owner)) if getattr(self, owner) is not None else {}
 
     def train(self, **given):
         config = TrainConfig(epochs=1, batch_size=16, lr=0.01, momentum=0, weight_decay=0)
@@ -62,8 +109,8 @@ class Pair:
             config=config,
             setting=self.setting,
             teacher=self.teacher,
-            student_taps=given.pop("student_taps", models.taps(STUDENT, self.student)),
-            teacher_taps=given.pop("teacher_taps", models.taps(TEACHER, self.teacher)),
+            student_taps=given.pop("student_taps", self.taps("student")),
+            teacher_taps=given.pop("teacher_taps", self.taps("teacher")),
             **given,
         )
 
@@ -93,6 +140,8 @@ def test_student_and_learned_parts_learn_from_the_method_alone(method, tmp_path)
 @EVERY
 def test_the_teacher_is_left_alone(method, tmp_path):
     pair = Pair(method, tmp_path)
+    if pair.teacher is None:
+        pytest.skip(f"{name_of(method)} has no teacher")
     before = toy.state_of(pair.teacher)
     pair.train()
     assert toy.same_state(pair.teacher.state_dict(), before)
@@ -140,8 +189,7 @@ def test_a_tap_that_is_not_there_fails_well(method, owner, tmp_path):
     wanted = getattr(pair.distiller, f"{owner}_taps")
     if not wanted:
         pytest.skip(f"{name_of(method)} reads no taps of the {owner}")
-    taps = models.taps(STUDENT if owner == "student" else TEACHER, getattr(pair, owner))
-    missing = {role: place for role, place in taps.items() if role != wanted[0]}
+    missing = {role: place for role, place in pair.taps(owner).items() if role != wanted[0]}
     with pytest.raises(RecipeError, match=f"no tap '{wanted[0]}'") as caught:
         pair.train(**{f"{owner}_taps": missing})
     assert all(role in caught.value.message for role in missing)

@@ -51,6 +51,19 @@ def test_images_and_masks_stay_together(tmp_path):
             assert (labels[-2:] == IGNORE).all()
 
 
+def test_a_part_of_the_training_images_has_labels(tmp_path):
+    root = write(tmp_path)
+    whole, part, less = (load(config(root, labelled=share), search=()) for share in (1.0, 0.5, 0.01))
+    known = [(split.train.labels != IGNORE).any((1, 2)) for split in (part, less)]
+    assert [int(images.sum()) for images in known] == [11, 1], "half of 22, and at least one"
+    assert (known[0] | ~known[1]).all(), "a larger share has all labels of a smaller one"
+    assert np.array_equal(part.train.labels[known[0]], whole.train.labels[known[0]])
+    assert np.array_equal(part.train.images, whole.train.images)
+    for name in ("val", "test", "calib"):
+        assert np.array_equal(getattr(part, name).labels, getattr(whole, name).labels), name
+    assert part.fingerprint != whole.fingerprint
+
+
 def test_the_cache_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEKD_CACHE", str(tmp_path / "cache"))
     root = write(tmp_path / "data")
