@@ -109,6 +109,34 @@ def default(value: dict[str, Any], required: bool) -> str:
     return f"`{json.dumps(value['default'])}`" if "default" in value else "see its type"
 
 
+def methods() -> str:
+    """benchmarks/results/methods/*.json as a table."""
+    rows = []
+    for path in sorted((RESULTS / "methods").glob("*.json")):
+        result = json.loads(path.read_text())
+        values, gain = result["values"], result["gain"]
+
+        def mean(of: Callable[[dict[str, Any]], float], values: list[dict[str, Any]] = values) -> str:
+            return f"{100 * sum(of(value) for value in values) / len(values):.2f}"
+
+        low_high = "" if gain["low"] is None else f" [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]"
+        rows.append(
+            (
+                f"`{result['method']}`",
+                result["data"],
+                str(len(values)),
+                mean(lambda value: value["teacher"]) if values[0]["teacher"] is not None else "–",
+                mean(lambda value: value["alone"]["value"]),
+                mean(lambda value: value["with the method"]["value"]),
+                f"{100 * gain['mean']:+.2f}{low_high}",
+                f"{result['relative_step_time']:.2f}×",
+            )
+        )
+    if not rows:
+        return "Nothing yet.\n"
+    return table(("method", "data", "seeds", "teacher", "student alone", "with the method", "gain, points", "step"), rows)
+
+
 def width() -> str:
     """benchmarks/results/int8_width.json as a table."""
     rows = json.loads((RESULTS / "int8_width.json").read_text())["rows"]
@@ -391,6 +419,7 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart},
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
+    "docs/methods.md": {"methods": methods},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {"cifar10": cifar10, "ghost": ghost, "h200": h200, "int8 width": width, "startup": startup},
 }

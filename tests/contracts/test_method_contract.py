@@ -235,7 +235,7 @@ def test_a_method_is_complete(method):
     row = re.search(rf"^\| `{re.escape(name)}` \|(.*)\|$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
     assert row, f"add a row for `{name}` to docs/methods.md"
     cells = [cell.strip() for cell in row[1].split("|")]
-    assert len(cells) == 5, f"the row of `{name}` has {len(cells) + 1} columns instead of 6"
+    assert len(cells) == 4, f"the row of `{name}` has {len(cells) + 1} columns instead of 5"
     assert all(cells), f"the row of `{name}` has an empty column"
     assert f"{name}.py" in cells[2]
     assert any(recipe in cells[3] for recipe in recipes), f"the row of `{name}` names none of the recipes {sorted(recipes)}"

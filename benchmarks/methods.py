@@ -1,0 +1,177 @@
+"""What a distillation method adds: the student with it against the same student alone, over several seeds.
+
+The protocol is the shipped recipe: its data, task, models and budget. The teacher is trained once, with seed 0. For every seed
+the student is trained alone and with the method, from the same initial weights, for as many epochs; values are those of the last
+epoch, on the test split. Methods whose recipes share task, data, student and budget share the students alone.
+
+    EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
+
+Each training is an ordinary ``edgekd compress`` in runs/methods, so what is finished is reused. After every seed it writes
+results/methods/METHOD.json: the stage; the teacher's value; for each seed both students' values and seconds per epoch; the mean
+gain with its 95 % interval (Student's t over seeds); and the time of a step relative to the student alone, the median over seeds,
+from the fastest epoch of each training, because other work may have shared the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ghost import interval
+from ruamel.yaml import YAML
+from run_recipe import RESULTS, ROOT, compress
+
+from edgekd.artifacts import Artifact, read_artifact
+
+RUNS = ROOT / "runs" / "methods"
+ALONE, WITH = "alone", "with the method"
+
+
+def main() -> None:
+    found = recipes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", choices=sorted(found), required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of the trainings")
+    given = parser.parse_args()
+    for name in given.method:
+        path = found[name]
+        recipe = YAML(typ="safe").load(path)
+        known = restore(name, recipe)
+        for seed in range(given.seeds):
+            if seed not in known:
+                known[seed] = run(recipe, seed, given.threads)
+                write(name, path, recipe, known)
+
+
+def recipes() -> dict[str, Path]:
+    """Method -> the shipped recipe that distils with it; the one of the method's own name where there are several."""
+    found: dict[str, Path] = {}
+    for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
+        stage = YAML(typ="safe").load(path)["stages"][0]
+        if stage["kind"] == "distill" and (stage["method"]["name"] not in found or path.stem == stage["method"]["name"]):
+            found[stage["method"]["name"]] = path
+    return found
+
+
+def digest(*parts: Any) -> str:
+    """Ten hexadecimal digits that stand for sections of a recipe."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def protocol(recipe: dict[str, Any]) -> str:
+    """What students alone share: task, data, student, budget."""
+    return digest(recipe["task"], recipe["data"], recipe["student"], recipe["stages"][0]["train"])
+
+
+def teacher(recipe: dict[str, Any], threads: int) -> Artifact:
+    """The recipe's teacher, trained once."""
+    given = recipe["teacher"]
+    out = RUNS / f"teacher-{digest(recipe['task'], recipe['data'], given)}"
+    content = {
+        "name": "teacher",
+        **{key: recipe[key] for key in ("task", "data")},
+        "student": {"model": given["model"]},
+        "stages": [{"kind": "finetune", "train": given["train"]}],
+    }
+    return trained(content, out, threads)["student"]
+
+
+def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
+    """Both students of one seed: values on the test split, seconds of the fastest epoch."""
+    master = teacher(recipe, threads) if "teacher" in recipe else None
+    content = {
+        "name": "method",
+        "seed": seed,
+        **{key: recipe[key] for key in ("task", "data", "student")},
+        "stages": recipe["stages"][:1],
+    }
+    out = RUNS / f"students-{protocol(recipe)}-{seed}"
+    alone = {**content, "stages": [{"kind": "finetune", "train": recipe["stages"][0]["train"]}]}
+    if master is not None:
+        content["teacher"] = {"model": {**recipe["teacher"]["model"], "weights": str(master.folder / "model.safetensors")}}
+    students = {
+        ALONE: known_alone(recipe, seed) or figures(trained(alone, out, threads)["student"]),
+        WITH: figures(trained(content, out, threads)["student"]),
+    }
+    value = None if master is None else master.metrics["metric"]["value"]
+    return {"seed": seed, "teacher": value, **students}
+
+
+def trained(content: dict[str, Any], out: Path, threads: int) -> dict[str, Artifact]:
+    """Role -> the last checkpoint of a run."""
+    code = compress(content, out / f"{digest(content)}.json", out, threads)
+    if code != 0:
+        raise SystemExit(f"the run in {out} failed with exit code {code}")
+    record = json.loads((out / "run.json").read_text())
+    return {model["role"]: read_artifact(out / model["folder"]) for model in record["models"]}
+
+
+def figures(artifact: Artifact) -> dict[str, Any]:
+    """What is kept of a training."""
+    history = [json.loads(line) for line in (artifact.folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "value": artifact.metrics["metric"]["value"],
+        "seconds_per_epoch": min(record["seconds"] for record in history),
+        "parameters": artifact.metrics["params"],
+        "terms": history[-1]["terms"],
+        "statistics": history[-1].get("statistics"),
+    }
+
+
+def known_alone(recipe: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """The student alone as another method's result file has it, where the protocol is the same."""
+    for path in sorted((RESULTS / "methods").glob("*.json")):
+        result = json.loads(path.read_text())
+        for value in result["values"] if result["protocol"] == protocol(recipe) else []:
+            if value["seed"] == seed:
+                return dict(value[ALONE])
+    return None
+
+
+def restore(name: str, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Seed -> what the result file already has for this very recipe."""
+    path = RESULTS / "methods" / f"{name}.json"
+    result = json.loads(path.read_text()) if path.is_file() else None
+    if result is None or result["recipe"]["id"] != identity(recipe):
+        return {}
+    return {value["seed"]: value for value in result["values"]}
+
+
+def identity(recipe: dict[str, Any]) -> str:
+    """Changes where what is measured does: not with the name or the engines."""
+    return digest(protocol(recipe), recipe.get("teacher"), recipe["stages"][0])
+
+
+def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]]) -> None:
+    """The result file."""
+    rows = [values[seed] for seed in sorted(values)]
+    gains = [row[WITH]["value"] - row[ALONE]["value"] for row in rows]
+    task = recipe["task"]["kind"]
+    result = {
+        "schema": 1,
+        "method": name,
+        "protocol": protocol(recipe),
+        "recipe": {"path": str(path.relative_to(ROOT)), "id": identity(recipe)},
+        "task": task,
+        "data": recipe["data"].get("root", recipe["data"]["kind"]),
+        "student": recipe["student"]["model"],
+        "teacher": recipe.get("teacher"),
+        "stage": recipe["stages"][0],
+        "gain": interval(gains),
+        "relative_step_time": statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows),
+        "values": rows,
+    }
+    file = RESULTS / "methods" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1).replace(f"{ROOT}/", ""))
+    gain = result["gain"]
+    print(f"wrote {file.relative_to(ROOT)}: {len(rows)} seeds, mean gain {gain['mean']:+.4f}")
+
+
+if __name__ == "__main__":
+    main()
