@@ -57,7 +57,7 @@ STAGES: dict[type, Any] = {
 }
 # Libraries that shape a checkpoint; another version of one of them means another id.
 TRAINING_LIBRARIES = ("torch", "lightning-fabric", "torch-pruning")
-SMOKE_COUNTS = {"train": 2 * SMOKE_BATCH, "val": 32, "test": 32, "calib": 32}
+SMOKE_COUNTS = {"train": 2 * SMOKE_BATCH, "val": SMOKE_BATCH, "test": SMOKE_BATCH, "calib": SMOKE_BATCH}
 # What of a task matters to engines alone.
 DEPLOYED = {"confidence", "nms"}
 

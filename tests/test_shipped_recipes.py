@@ -1,4 +1,4 @@
-"""Every shipped recipe is validated and smoke-run, through the command line."""
+"""Every shipped recipe is validated, and smoke-run through the command line."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from edgekd.recipe import load_recipe, preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -18,8 +20,7 @@ def test_smoke(recipe, tmp_path, request):
         request.getfixturevalue("data_root")  # skips where there is no data
     command = [sys.executable, "-m", "edgekd"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    valid = subprocess.run([*command, "validate", str(recipe)], capture_output=True, text=True, check=False, env=environment)
-    assert valid.returncode == 0, valid.stderr
+    preflight(load_recipe(recipe))  # as it is: a smoke run trains less
     done = subprocess.run(
         [*command, "compress", str(recipe), "--smoke", "--out", str(tmp_path)],
         capture_output=True,
