@@ -1,11 +1,12 @@
-"""How wide must layers be for int8 to pay? Models at several widths, int8 against float32, interleaved.
+"""How wide must layers and images be for int8 to pay? Models at several widths and sides, int8 against float32, interleaved.
 
-ResNet-8 on images of 32 pixels, and the small detector on images of 512.
+ResNet-8 on images of 32 pixels, the small detector on images of 512; ResNet-18, VGG-8 and MobileNetV2 on images of 112 to 224, at
+one thread and at two.
 
-Weights are random: they do not change what an engine computes, only what comes out. For each width and backend, both engines are
-built and measured in turns in one process, at one thread and batch 1. Writes results/int8_width.json with every raw sample.
+Weights are random: they do not change what an engine computes, only what comes out. For each case and backend, both engines are
+built and measured in turns in one process, at batch 1. Writes results/int8_width.json with every raw sample.
 
-    python benchmarks/int8_width.py [--seconds 6] [--model resnet8 superyolo_small]
+    python benchmarks/int8_width.py [--seconds 6] [--model resnet8 superyolo_small ...]
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +35,27 @@ from edgekd.quantize import qat
 from edgekd.targets.local import Local
 
 RESULT = Path(__file__).parent / "results" / "int8_width.json"
-WIDTHS: dict[str, tuple[float, ...]] = {"resnet8": (1, 2, 4, 8), "superyolo_small": (0.25, 0.5, 1.0)}
-SIDES = {"resnet8": 32, "superyolo_small": 512}
+SIDES, THREADS = (112, 160, 224), (1, 2)
+
+
+class Case(NamedTuple):
+    """One pair of engines, on each backend."""
+
+    model: str
+    width: float
+    """The model's argument; 1 for a model that has none."""
+    side_px: int
+    threads: int = 1
+
+
+CASES = [
+    *(Case("resnet8", width, 32) for width in (1, 2, 4, 8)),
+    *(Case("superyolo_small", width, 512) for width in (0.25, 0.5, 1.0)),
+    *(Case(model, 1, *rest) for model in ("resnet18", "vgg8", "mobilenetv2") for rest in product(SIDES, THREADS)),
+]
+MODELS = list(dict.fromkeys(case.model for case in CASES))
+CONFIGS: dict[str, dict[str, Any]] = {"resnet18": {"name": "callable", "call": "networks:resnet18", "taps": {"logits": "fc"}}}
+"""Of models that are not edgekd's."""
 IMAGES = 16
 CALIBRATION = 8
 BACKENDS = ("onnxruntime", "openvino")
@@ -43,29 +64,30 @@ BACKENDS = ("onnxruntime", "openvino")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6.0, help="per pair of engines")
-    parser.add_argument("--model", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     given = parser.parse_args()
     rows = []
     if RESULT.is_file():  # of the models that are not measured now
         rows = [row for row in json.loads(RESULT.read_text())["rows"] if row.get("model", "resnet8") not in given.model]
     digits = load(DigitsConfig(size_px=32, channels=3))
     with tempfile.TemporaryDirectory() as scratch:
-        for name, width in [(one, width) for one in given.model for width in WIDTHS[one]]:
-            images = Path(scratch) / f"{name}.npy"
-            np.save(images, enlarged(digits.test.images[:IMAGES], SIDES[name]))
-            folder = Path(scratch) / f"{name}-{width}"
-            module = export_both(name, width, digits, folder)
+        for case in [case for case in CASES if case.model in given.model]:
+            images = Path(scratch) / f"{case.side_px}.npy"
+            np.save(images, enlarged(digits.test.images[:IMAGES], case.side_px))
+            folder = Path(scratch) / "-".join(map(str, case))
+            module = export_both(case, digits, folder)
             for backend in BACKENDS:
-                record = compare(folder, backend, images, given.seconds)
+                record = compare(folder, backend, case.threads, images, given.seconds)
                 (ratio,) = record["ratios"]
                 rows.append(
                     {
-                        "model": name,
-                        "size_px": SIDES[name],
-                        "width": width,
+                        "model": case.model,
+                        "size_px": case.side_px,
+                        "width": case.width,
+                        "threads": case.threads,
                         "channels": channels(module),
                         "params": parameters(module),
-                        "macs": macs(module, (3, SIDES[name], SIDES[name])),
+                        "macs": macs(module, (3, case.side_px, case.side_px)),
                         "backend": backend,
                         "speedup": ratio["speedup"],
                         "interval": ratio["interval"],
@@ -78,17 +100,15 @@ def main() -> None:
                     }
                 )
                 low, high = ratio["interval"]
-                print(f"{name} width {width} {backend}: int8 {ratio['speedup']:.2f}x float32 [{low:.2f}, {high:.2f}]", flush=True)
+                print(f"{case} {backend}: int8 {ratio['speedup']:.2f}x float32 [{low:.2f}, {high:.2f}]", flush=True)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(
-        json.dumps({"schema": 1, "edgekd": __version__, "threads": 1, "batch": 1, "rows": rows, "host": describe()})
-    )
+    RESULT.write_text(json.dumps({"schema": 1, "edgekd": __version__, "batch": 1, "rows": rows, "host": describe()}))
 
 
 def enlarged(images: Any, side: int) -> Any:
-    """Images [N, H, W, C], every pixel as a square of them."""
-    times = side // images.shape[1]
-    return np.array(images).repeat(times, axis=1).repeat(times, axis=2)
+    """Images [N, H, W, C] at another side, every pixel as a square of them, those at the border cut."""
+    times = -(-side // images.shape[1])
+    return np.ascontiguousarray(np.array(images).repeat(times, axis=1).repeat(times, axis=2)[:, :side, :side])
 
 
 def channels(module: torch.nn.Module) -> list[int]:
@@ -97,13 +117,14 @@ def channels(module: torch.nn.Module) -> list[int]:
     return [min(found), max(found)]
 
 
-def export_both(name: str, width: float, digits: Any, folder: Path) -> torch.nn.Module:
+def export_both(case: Case, digits: Any, folder: Path) -> torch.nn.Module:
     """The float32 and the int8 file of one model, each in a folder of its own; returns the float model."""
     torch.manual_seed(0)
-    config = ModelConfig(name=name, arguments={"width": width})
+    own = {"name": case.model, "arguments": {} if case.width == 1 else {"width": case.width}}
+    config = ModelConfig(**CONFIGS.get(case.model, own))
     module = models.build(config, num_classes=10, in_channels=3)
     images = normalise(
-        torch.from_numpy(enlarged(digits.calib.images[:CALIBRATION], SIDES[name])), digits.mean, digits.std
+        torch.from_numpy(enlarged(digits.calib.images[:CALIBRATION], case.side_px)), digits.mean, digits.std
     ).contiguous()
     with torch.no_grad():
         module.train()(images)  # batch norms of real images
@@ -119,13 +140,13 @@ def export_both(name: str, width: float, digits: Any, folder: Path) -> torch.nn.
     return module
 
 
-def compare(folder: Path, backend: str, images: Path, seconds: float) -> dict[str, Any]:
+def compare(folder: Path, backend: str, threads: int, images: Path, seconds: float) -> dict[str, Any]:
     """Build both engines and measure them interleaved; float32 is the reference."""
     engines = []
     for precision in ("float32", "int8"):
         out = folder / f"{backend}-{precision}"
         out.mkdir()
-        job = BuildJob(str(folder / precision / "model.onnx"), {"name": backend, "threads": 1}, precision, str(out))
+        job = BuildJob(str(folder / precision / "model.onnx"), {"name": backend, "threads": threads}, precision, str(out))
         answer(Local().run(job, folder))
         engines.append(str(out))
     return answer(Local().run(CompareJob(engines, str(images), warmup_s=0.5, duration_s=seconds, max_rounds=1000), folder))

@@ -140,21 +140,25 @@ def methods() -> str:
 def width() -> str:
     """benchmarks/results/int8_width.json as a table."""
     rows = json.loads((RESULTS / "int8_width.json").read_text())["rows"]
-    by_width: dict[tuple[str, float], dict[str, Any]] = {}
+    by_case: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        by_width.setdefault((row["model"], row["width"]), {"row": row})[row["backend"]] = row
+        row.setdefault("threads", 1)
+        by_case.setdefault(tuple(row[key] for key in ("model", "width", "size_px", "threads")), {"row": row})[row["backend"]] = (
+            row
+        )
     return table(
-        ("model", "image", "channels", "MMACs", "ONNX Runtime", "OpenVINO"),
+        ("model", "image", "channels", "MMACs", "threads", "ONNX Runtime", "OpenVINO"),
         [
             (
                 found["row"]["model"],
                 f"{found['row']['size_px']} px",
                 "-".join(map(str, found["row"]["channels"])),
                 f"{found['row']['macs'] / 1e6:.0f}",
+                str(found["row"]["threads"]),
                 *(f"{found[name]['speedup']:.2f}× [{found[name]['interval'][0]:.2f}, {found[name]['interval'][1]:.2f}]"
                   for name in ("onnxruntime", "openvino")),
             )
-            for found in by_width.values()
+            for found in by_case.values()
         ],
     )  # fmt: skip
 
