@@ -25,7 +25,11 @@ class Distiller(nn.Module):
     """Roles of the teacher's tensors that ``losses`` reads."""
 
     def prepare(self, student: nn.Module, teacher: nn.Module, setting: Any) -> None:
-        """Run once before the first epoch: warm-ups, selections, prototypes. Does nothing by default."""
+        """Run once before the first epoch: warm-ups, selections, prototypes. Does nothing by default.
+
+        Everything is on its device, the teacher frozen. What it finds belongs into parameters and buffers: a training that goes
+        on loads them and does not run it again.
+        """
 
     def losses(self, step: StepInputs) -> dict[str, Tensor]:
         """Named scalars, already weighted. The loop adds the task loss as the term ``task``."""

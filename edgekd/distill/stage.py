@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,6 @@ def fit(
         return train(student=student.module, objective=TaskOnly(), config=config, setting=setting)
     torch.manual_seed(context.seed + 1)  # the method's own layers: not the stream that made the student
     distiller = method.build(student, teacher)
-    distiller.prepare(student.module, teacher.module, setting)
     history = train(
         student=student.module,
         objective=distiller,
@@ -57,6 +57,7 @@ def fit(
         student_taps=student.taps,
         teacher_taps=teacher.taps,
         task_weight=task_weight,
+        prepare=partial(distiller.prepare, student.module, teacher.module, setting),
     )
     if history and (found := distiller.statistics()):
         history[-1]["statistics"] = found

@@ -95,7 +95,6 @@ class Pair:
             loaded(pairing.student, self.student, data.height),
             self.teacher and loaded(pairing.teacher, self.teacher, data.height),
         )
-        self.distiller.prepare(self.student, self.teacher, self.setting)
 
     def taps(self, owner):
         """Role -> module path of the student or the teacher."""
@@ -111,6 +110,7 @@ class Pair:
             teacher=self.teacher,
             student_taps=given.pop("student_taps", self.taps("student")),
             teacher_taps=given.pop("teacher_taps", self.taps("teacher")),
+            prepare=lambda: self.distiller.prepare(self.student, self.teacher, self.setting),
             **given,
         )
 

@@ -256,6 +256,40 @@ def events(folder):
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
+def test_what_is_prepared_is_not_prepared_again(tmp_path):
+    """Neither by a training that goes on, nor by one that is finished; where its state is lost, it is."""
+
+    class Prepared(TaskOnly):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("found", torch.zeros(()))
+
+        def prepare(self):
+            calls.append(len(calls))
+            self.found.fill_(7)
+
+    calls, config = [], TrainConfig(epochs=2, batch_size=16, lr=0.01)
+
+    def stop(record):
+        if record["epoch"] == 1 and len(calls) == 1:
+            raise Stopped
+
+    def run():
+        objective = Prepared()
+        setting = toy.setting(tmp_path, on_epoch=stop)
+        train(student=toy.net(), objective=objective, config=config, setting=setting, prepare=objective.prepare)
+        return float(objective.found)
+
+    with pytest.raises(Stopped):
+        run()
+    assert run() == 7
+    assert run() == 7
+    assert calls == [0]
+    (tmp_path / STATE).unlink()
+    assert run() == 7
+    assert calls == [0, 1]
+
+
 def test_tensorboard_shows_each_epoch_once(tmp_path):
     interrupted(tmp_path, config(epochs=3))
     _, history = run(tmp_path, training=config(epochs=3))
