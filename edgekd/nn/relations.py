@@ -1,6 +1,6 @@
 """How maps are compared by where they are strong, and gates that choose among them.
 
-Shape letters: B images, C channels, H rows, W columns, P = H * W places.
+Shape letters: B images, C channels, H rows, W columns, P = H * W places, N nodes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,20 @@ def unit_vectors(maps_B1HW: Tensor) -> Tensor:
     """Each image's map as a vector of length 1 (its norm at least 1e-12): [B, P]."""
     flat = maps_B1HW.flatten(1)
     return flat / flat.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+
+
+def cosine_similarities(nodes_BCN: Tensor, *, detach_norm: bool = False, epsilon: float = 1e-8) -> Tensor:
+    """The cosine of the angle between every two nodes of an image, in float32 at least: [B, N, N], within -1 and 1.
+
+    Args:
+        nodes_BCN: [B, C, N], a vector for each node.
+        detach_norm: Take the vectors' lengths for constants: a gradient then can change the lengths too.
+        epsilon: Is added to each length.
+    """
+    nodes = nodes_BCN.to(torch.promote_types(nodes_BCN.dtype, torch.float32))
+    lengths = nodes.norm(dim=1, keepdim=True)
+    units = nodes / ((lengths.detach() if detach_norm else lengths) + epsilon)
+    return units.transpose(1, 2) @ units
 
 
 def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,11 @@
 """Attention maps, sizes and embeddings."""
 
+import math
+
+import pytest
 import torch
 
-from edgekd.nn.relations import Embedding, attention_map, resized, same_size, unit_vectors
+from edgekd.nn.relations import Embedding, attention_map, cosine_similarities, resized, same_size, unit_vectors
 
 
 def test_attention_map_by_hand():
@@ -15,6 +18,32 @@ def test_attention_map_by_hand():
 def test_unit_vectors():
     vectors = unit_vectors(torch.tensor([[[[3.0, 4.0]]], [[[0.0, 0.0]]]]))
     torch.testing.assert_close(vectors, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_cosines_agree_with_loops():
+    nodes = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = cosine_similarities(nodes)
+    for b, image in enumerate(nodes.movedim(1, -1).tolist()):
+        for i, one in enumerate(image):
+            for j, other in enumerate(image):
+                lengths = [math.sqrt(sum(value * value for value in node)) + 1e-8 for node in (one, other)]
+                expected = sum(x * y for x, y in zip(one, other, strict=True)) / (lengths[0] * lengths[1])
+                assert found[b, i, j].item() == pytest.approx(expected)
+    assert found.abs().max() <= 1
+    assert cosine_similarities(torch.zeros(1, 2, 3)).abs().max() == 0, "no division by zero"
+    assert cosine_similarities(nodes.bfloat16()).dtype == torch.float32
+
+
+def test_with_its_length_constant_a_node_is_pulled_along_its_own_direction_too():
+    nodes = torch.tensor([[[3.0, 1.0], [4.0, 0.0]]], dtype=torch.float64)
+    gradients = {}
+    for detach in (False, True):
+        given = nodes.clone().requires_grad_()
+        cosine_similarities(given, detach_norm=detach, epsilon=0.0)[0, 0, 1].backward()
+        gradients[detach] = given.grad[0, :, 0].tolist()
+    # d/df of f . g / (|f| |g|) with f = (3, 4), g = (1, 0): g / 5, less (f . g) f / 125 where the length follows
+    assert gradients[True] == pytest.approx([0.2, 0.0])
+    assert gradients[False] == pytest.approx([0.2 - 9 / 125, -12 / 125])
 
 
 def test_the_larger_map_is_averaged_down():
