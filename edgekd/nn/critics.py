@@ -105,7 +105,11 @@ class AttentionCritic(nn.Module):
 
     def __init__(self, channels: int, input_norm: Literal["batch", "tanh", "none"] = "batch") -> None:
         super().__init__()
-        norms = {"batch": lambda: BatchStatistics(channels), "tanh": nn.Tanh, "none": nn.Identity}
+        norms: dict[str, Callable[[], nn.Module]] = {
+            "batch": lambda: BatchStatistics(channels),
+            "tanh": nn.Tanh,
+            "none": nn.Identity,
+        }
         self.norm = norms[input_norm]()
         self.layers = nn.Sequential(
             *_halving(channels, 64),

@@ -60,7 +60,7 @@ def detection(root, **changes):
                 "quantizer": {"kind": "hybrid", "bits": 6, "recalibration_batches": 5},
                 "method": {"name": "ost", "layers": ["block4", "block9", "block17"]},
                 "task_weight": 1,
-                "train": {**TRAIN, "epochs": 10, "lr": 0.01},
+                "train": {**TRAIN, "epochs": 10, "lr": 0.003},
             },
         ],
         "deploy": [
@@ -76,7 +76,7 @@ def detection(root, **changes):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     root = tmp_path_factory.mktemp("boxes")
-    for seed, (split, count) in enumerate({"train": 48, "val": 8, "test": 12}.items()):
+    for seed, (split, count) in enumerate({"train": 48, "val": 8, "test": 32}.items()):
         rectangles(root, split, count, seed)
     return run_once(detection(root), root)
 
