@@ -426,6 +426,9 @@ def smoke(recipe: Recipe) -> Recipe:
     def smaller(stage: Any) -> Any:
         if isinstance(stage, QuantizeConfig) and isinstance(stage.quantizer, HybridConfig):
             stage = stage.model_copy(update={"quantizer": stage.quantizer.model_copy(update={"recalibration_batches": 2})})
+        if (method := getattr(stage, "method", None)) is not None:  # what it trains before the student
+            own = {name: 1 for name, value in method if name.endswith("epochs") and value > 1}
+            stage = stage.model_copy(update={"method": method.model_copy(update=own)})
         if not isinstance(stage, PtqConfig):
             return stage.model_copy(update={"train": shorter(stage.train)})
         if stage.fallback is None:

@@ -786,6 +786,8 @@ def test_smoke_keeps_types_and_makes_everything_short(path):
     fallbacks = [stage.fallback for stage in tiny.stages if getattr(stage, "fallback", None) is not None]
     trainings += [fallback.train for fallback in fallbacks]
     assert {train.epochs for train in trainings if train is not None} == {1}
+    methods = [stage.method for stage in tiny.stages if getattr(stage, "method", None) is not None]
+    assert {value for method in methods for name, value in method if name.endswith("epochs")} <= {0, 1}
     assert tiny.budget is None
     assert tiny.deploy == recipe.deploy
     assert tiny.measure.duration_s < 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from edgekd.errors import RecipeError, nearest
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
+from edgekd.train.loop import Setting
 from edgekd.train.step import StepInputs, TrainState, train_step
 
 
@@ -24,7 +23,7 @@ class Distiller(nn.Module):
     teacher_taps: tuple[str, ...] = ()
     """Roles of the teacher's tensors that ``losses`` reads."""
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, setting: Any) -> None:
+    def prepare(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> None:
         """Run once before the first epoch: warm-ups, selections, prototypes. Does nothing by default.
 
         Everything is on its device, the teacher frozen. What it finds belongs into parameters and buffers: a training that goes
@@ -35,8 +34,11 @@ class Distiller(nn.Module):
         """Named scalars, already weighted. The loop adds the task loss as the term ``task``."""
         raise NotImplementedError(f"{type(self).__name__} has no losses")
 
-    def statistics(self) -> dict[str, float]:
-        """What is worth knowing of the method's own parts after the last epoch: name -> value. Nothing by default."""
+    def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
+        """What is worth knowing of the method's own parts after the last epoch: name -> value. Nothing by default.
+
+        The student is trained, on the CPU, in eval mode; the method and the teacher are on the setting's device.
+        """
         return {}
 
     def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -36,6 +36,7 @@ from edgekd.distill.base import Distiller, map_channels
 from edgekd.errors import TrainingError
 from edgekd.nn.relations import Embedding, attention_map, same_size, unit_vectors
 from edgekd.train.checkpoint import Loaded
+from edgekd.train.loop import Setting
 from edgekd.train.step import StepInputs
 
 QUERY = 128
@@ -145,7 +146,7 @@ class OstDistiller(Distiller):
             terms["gate_rate"] = self.config.gate_weight * (rates.mean() - self.config.gate_rate).square()
         return terms
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """Tap -> the rate of open gates over all images seen since the training (or its resumption) began."""
         return {f"open gates of {role}": count / max(self.seen, 1) for role, count in self.opened.items()}
 

@@ -59,7 +59,7 @@ def fit(
         task_weight=task_weight,
         prepare=partial(distiller.prepare, student.module, teacher.module, setting),
     )
-    if history and (found := distiller.statistics()):
+    if history and (found := distiller.statistics(student.module, teacher.module, setting)):
         history[-1]["statistics"] = found
     return history
 

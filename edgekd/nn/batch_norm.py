@@ -8,6 +8,8 @@ Shape letters: B images of this process, C channels, ... further axes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,22 @@ def _shared(norm: _BatchNorm) -> CpuSyncBatchNorm:
     return new.train(norm.training)
 
 
+@contextmanager
+def untracked(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms that train normalise by their batch as ever, and keep their running statistics as they are.
+
+    For further forwards of a step, through images or maps that the model will not see once it is trained.
+    """
+    tracking = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    for part in tracking:
+        part.track_running_stats = False
+    try:
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True
+
+
 class CpuSyncBatchNorm(_BatchNorm):
     """Batch norm over all processes, whose batches must be equally large (the loop's are)."""
 
@@ -61,6 +79,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         """Any number of axes will do."""
 
     def _track(self, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
+        if not self.track_running_stats:
+            return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)

@@ -86,6 +86,28 @@ def capture(model: nn.Module, wanted: Mapping[str, str]) -> Iterator[dict[str, T
         yield captured
 
 
+@contextmanager
+def replace(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of modules' outputs in every forward inside the ``with`` block.
+
+    The modules still run; what they give is thrown away, so no gradient reaches what only they depend on.
+
+    Args:
+        model: The model that will be called.
+        tensors: Module path -> what takes the place of its output; the same shape, or one that the rest of the model takes.
+
+    Raises:
+        RecipeError: A module does not exist, or the place is an input.
+    """
+    check_paths(model, {place: place for place in tensors})
+    with ExitStack() as hooks:
+        for place, tensor in tensors.items():
+            if place.endswith(INPUT):
+                raise RecipeError(f"{place!r} is an input; only outputs can be replaced", hint="tap the module before it")
+            hooks.callback(model.get_submodule(place).register_forward_hook(_give(tensor)).remove)
+        yield
+
+
 def tap_shapes(model: nn.Module, wanted: Mapping[str, str], example: Tensor) -> dict[str, tuple[int, ...]]:
     """Role -> shape of the tensor at its place, in the order of execution; nothing is computed.
 
@@ -101,6 +123,13 @@ def tap_shapes(model: nn.Module, wanted: Mapping[str, str], example: Tensor) -> 
     with torch.no_grad(), capture(shell, wanted) as found:
         shell(torch.empty(example.shape, device="meta"))
     return {role: tuple(tensor.shape) for role, tensor in found.items()}
+
+
+def _give(tensor: Tensor) -> Callable[[nn.Module, Any, Any], Tensor]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Tensor:  # noqa: ARG001  the hook's signature
+        return tensor
+
+    return hook
 
 
 def _store_output(captured: dict[str, Tensor], role: str, place: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -48,6 +48,10 @@ class StepInputs:
     epoch: int
     progress: float = 0.0
     """Share of this stage's steps that are done, 0..1: for schedules of a method's own."""
+    student_net: nn.Module | None = None
+    """The student itself, in training mode, for methods that call it again (see :func:`edgekd.nn.batch_norm.untracked`)."""
+    teacher_net: nn.Module | None = None
+    """The teacher, frozen; call it without gradients, or with them where they must pass through it."""
 
 
 class Objective(Protocol):
@@ -121,7 +125,7 @@ def forward(state: TrainState, images: Tensor, labels: Tensor) -> StepInputs:
             teacher = Outputs(state.teacher(images), taps)
     with capture(state.inner, state.student_taps) as taps:
         student = Outputs(state.student(images), taps)
-    return StepInputs(images, labels, student, teacher, state.step, state.epoch, state.progress)
+    return StepInputs(images, labels, student, teacher, state.step, state.epoch, state.progress, state.inner, state.teacher)
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -163,7 +163,7 @@ def test_statistics_are_rates():
     distiller = OstConfig(name="ost").build(student, teacher)
     for _ in range(20):
         distiller.losses(step(student, teacher))
-    found = distiller.statistics()
+    found = distiller.statistics(student.module, teacher.module, None)
     assert set(found) == {"open gates of one", "open gates of two"}
     assert all(0 < rate <= 1 for rate in found.values())
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import RecipeError
-from edgekd.nn.taps import capture, resolve
+from edgekd.nn.taps import capture, replace, resolve
 
 
 class Twice(nn.Module):
@@ -119,3 +119,26 @@ def test_works_inside_distributed_data_parallel(tmp_path):
         gc.collect()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_replaced_outputs_reach_what_follows_and_nothing_else():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    x, other = torch.randn(5, 3), torch.randn(5, 4, requires_grad=True)
+    with replace(model, {"1": other}), capture(model, {"seen": "2@input"}) as taps:
+        logits = model(x)
+    assert torch.equal(taps["seen"], other)
+    torch.testing.assert_close(logits, model[2](other))
+    logits.sum().backward()
+    assert other.grad is not None
+    assert model[2].weight.grad is not None
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad is None
+    assert torch.equal(model(x), model[2](model[1](model[0](x)))), "no hook is left"
+
+
+def test_replace_refuses_inputs_and_unknown_places():
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(RecipeError, match="is an input; only outputs"), replace(model, {"0@input": torch.zeros(1, 3)}):
+        pass
+    with pytest.raises(RecipeError, match="no module 'one'"), replace(model, {"one": torch.zeros(1, 3)}):
+        pass
