@@ -50,12 +50,20 @@ Role = Literal["teacher", "student_alone", "student"]
 Precision = Literal["float32", "float16", "int8", "hybrid"]
 
 
-LABELS = {"classification": "classes", "detection": "boxes", "segmentation": "masks"}
+LABELS = {"classification": "classes", "detection": "boxes", "segmentation": "masks", "saliency": "masks"}
 """Task -> the labels that it needs."""
 LABELS_OF = {"image_folder": "classes", "digits": "classes", "coco": "boxes", "yolo": "boxes", "masks": "masks"}
 """Kind of data -> its labels; of a function nobody knows before it is called."""
 SEGMENTERS = ("unet",)
 """edgekd's models that give logits for every pixel."""
+SALIENCY: tuple[str, ...] = ()
+"""edgekd's models that give one map of what stands out."""
+MAPS = {"segmentation": SEGMENTERS, "saliency": SALIENCY}
+GIVES = {
+    "classification": "one class per image",
+    "segmentation": "logits for every pixel",
+    "saliency": "one map of what stands out",
+}
 
 
 class TeacherConfig(Config):
@@ -218,11 +226,15 @@ def _check_task(recipe: Recipe) -> list[Problem]:
                 )
         elif strides is not None:
             problems.append(Problem(path, f"{model.name} is a detector", "use the task detection, or another model"))
-        elif (task.kind == "segmentation") != (model.name in SEGMENTERS) and model.name in models.names():
-            right = ", ".join(SEGMENTERS) if task.kind == "segmentation" else "another model, or the task segmentation"
-            gives = "logits for every pixel" if model.name in SEGMENTERS else "one class per image"
-            problems.append(Problem(path, f"{model.name} gives {gives}", f"use {right}"))
+        elif model.name in models.names() and (made_for := _made_for(model.name)) != task.kind:
+            right = ", ".join(MAPS[task.kind]) or "callable for your own" if task.kind in MAPS else "another model"
+            problems.append(Problem(path, f"{model.name} gives {GIVES[made_for]}", f"use {right}, or the task {made_for}"))
     return problems
+
+
+def _made_for(model: str) -> str:
+    """The task of one of edgekd's models that is no detector."""
+    return next((task for task, names in MAPS.items() if model in names), "classification")
 
 
 def _check_teacher(recipe: Recipe) -> list[Problem]:

@@ -17,7 +17,7 @@ from edgekd.artifacts import check_file_table, file_problems, file_table, write_
 from edgekd.bench.measure import make_feeds
 from edgekd.engines import Io, Session, WrongMachineError, open_engine, read_io
 from edgekd.engines.base import Array
-from edgekd.engines.postprocess import Classified, Detected, Segmented, postprocess
+from edgekd.engines.postprocess import Classified, Detected, Salient, Segmented, postprocess
 from edgekd.errors import ArtifactError, MissingDependency
 
 SCHEMA = 1
@@ -64,7 +64,7 @@ class Bundle:
         """
         return make_feeds(images_NHWC, self.io)
 
-    def postprocess(self, outputs: Mapping[str, Array]) -> Classified | Detected | Segmented:
+    def postprocess(self, outputs: Mapping[str, Array]) -> Classified | Detected | Segmented | Salient:
         """What the engine's outputs mean.
 
         Raises:

@@ -45,6 +45,9 @@ class MasksConfig(Config):
     """Folder of a split's masks; an image and its mask have the same name before the dot. 255 is ignored."""
     valid: str | None = None
     """Folder of masks that are 0 where a pixel is to be ignored, such as outside the field of view of a retinal image."""
+    threshold: int | None = Field(default=None, ge=1, le=255)
+    """For masks that are pictures of 0 and 255: values of at least it are class 1, all others class 0; null takes values as
+    classes."""
     channels: Literal[1, 3] = 3
     """Colour, or 1 for grey."""
     classes: list[str] | None = None
@@ -184,7 +187,12 @@ def _decoded(items: list[Item], config: MasksConfig, warnings: list[str]) -> Par
 
     def describe() -> dict[str, Any]:
         files = [path for item in items for path in (item.image, item.mask, item.valid) if path is not None]
-        return {"masks": [str(path) for path in files], "stamps": cache.stamps(files), "valid": config.valid is not None}
+        return {
+            "masks": [str(path) for path in files],
+            "stamps": cache.stamps(files),
+            "valid": config.valid is not None,
+            "threshold": config.threshold,
+        }
 
     both, digests = cache.decode_all(config.cache, shape, decode, describe, warnings.append)
     return Part(both[..., : config.channels], np.array(both[..., -1]), digests)
@@ -201,6 +209,8 @@ def _decode(item: Item, config: MasksConfig) -> Images:
         sides = " instead of ".join(f"{wide} x {high}" for wide, high in (mask.size, image.size))
         raise DataError(f"{item.mask} has other sides than its image: {sides}", hint="give each image a mask of its own size")
     labels = np.array(mask.resize((width, height), Image.Resampling.NEAREST))
+    if config.threshold is not None:
+        labels = (labels >= config.threshold).astype(np.uint8)
     if item.valid is not None:
         counted = np.asarray(open_image(item.valid, "L").resize((width, height), Image.Resampling.NEAREST))
         labels[counted == 0] = IGNORE

@@ -13,6 +13,8 @@ from edgekd.engines import detections
 from edgekd.engines.base import Array
 from edgekd.errors import DataError
 
+KINDS = ("classification", "detection", "segmentation", "saliency")
+
 
 @dataclass(frozen=True, eq=False)
 class Classified:
@@ -56,6 +58,23 @@ class Segmented:
 
 
 @dataclass(frozen=True, eq=False)
+class Salient:
+    """What stands out in every image."""
+
+    maps: NDArray[np.float32]
+    """float32 [N, H, W], 0..1: the sigmoid of the logits."""
+
+    def changed(self, other: Salient) -> int:
+        """How many images have more than one of a hundred pixels on the other side of one half."""
+        return int(np.sum(((self.maps > 0.5) != (other.maps > 0.5)).mean(axis=(1, 2)) > 0.01))
+
+    def margins(self) -> NDArray[np.float64]:
+        """How clear each image's decision is, [N]: the mean distance from one half."""
+        margins: NDArray[np.float64] = np.abs(self.maps.astype(np.float64) - 0.5).mean(axis=(1, 2))
+        return margins
+
+
+@dataclass(frozen=True, eq=False)
 class Detected:
     """Boxes in every image."""
 
@@ -76,15 +95,18 @@ class Detected:
         return np.array([float(boxes[:, 4].min() - self.confidence) if len(boxes) else 0.0 for boxes in self.boxes])
 
 
-def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | None) -> Classified | Detected | Segmented:
+def postprocess(
+    outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] | None
+) -> Classified | Detected | Segmented | Salient:
     """What an engine's outputs mean.
 
     Args:
         outputs: Output name to array, one row per image.
         postprocessing: ``kind`` and its parameters. ``classification``: ``output`` (whose rows are logits) and ``classes`` (their
-            names in the order of the logits). ``segmentation``: the same, with logits for every pixel. ``detection``: ``output``
-            (raw predictions), ``classes``, ``size_px``, ``strides``, ``anchors``, ``confidence``, ``iou`` and ``most``
-            (edgekd.engines.detections); ``nms`` is ``graph`` where the engine gives ``detections`` too, which are read then.
+            names in the order of the logits). ``segmentation``: the same, with logits for every pixel. ``saliency``: ``output``,
+            one map of logits. ``detection``: ``output`` (raw predictions), ``classes``, ``size_px``, ``strides``, ``anchors``,
+            ``confidence``, ``iou`` and ``most`` (edgekd.engines.detections); ``nms`` is ``graph`` where the engine gives
+            ``detections`` too, which are read then.
 
     Raises:
         DataError: io.json does not say what the outputs mean, the kind is not known here, or the output is not what it says.
@@ -92,8 +114,8 @@ def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] 
     if postprocessing is None:
         raise DataError("io.json does not say what the outputs mean", hint="export the model again with this edgekd")
     kind = postprocessing.get("kind")
-    if kind not in ("classification", "detection", "segmentation"):
-        raise DataError(f"postprocessing kind {kind!r}; this edgekd knows classification, detection and segmentation")
+    if kind not in KINDS:
+        raise DataError(f"postprocessing kind {kind!r}; this edgekd knows {', '.join(KINDS)}")
     in_graph = postprocessing.get("nms") == "graph"
     name, classes = detections.OUTPUT if in_graph else postprocessing["output"], tuple(postprocessing["classes"])
     if name not in outputs:
@@ -103,6 +125,10 @@ def postprocess(outputs: Mapping[str, Array], postprocessing: Mapping[str, Any] 
         if values.ndim != 4 or values.shape[1] != len(classes):
             raise DataError(f"the output {name!r} has shape {list(values.shape)}; expected [N, {len(classes)} classes, H, W]")
         return Segmented(values.argmax(axis=1), classes, values)
+    if kind == "saliency":
+        if values.ndim != 4 or values.shape[1] != 1:
+            raise DataError(f"the output {name!r} has shape {list(values.shape)}; expected [N, 1, H, W]")
+        return Salient(np.asarray(0.5 + 0.5 * np.tanh(values[:, 0] / 2), np.float32))
     if kind == "classification":
         return _classified(name, values, classes)
     options = {key: postprocessing[key] for key in ("confidence", "iou", "most")}

@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 NONE = "–"
-_SHARES = frozenset({"accuracy", "mAP50", "mAP50_95", "mIoU", "Dice", "pixel accuracy"})
+_SHARES = frozenset(
+    {"accuracy", "mAP50", "mAP50_95", "mIoU", "Dice", "pixel accuracy", "max F", "weighted F", "S-measure", "E-measure"}
+)
 """Metrics that are shares, shown as percent."""
 _ROLES = {"student_alone": "student alone"}
 _STAGES = {

@@ -11,10 +11,11 @@ from edgekd.tasks.anchors import fit_anchors
 from edgekd.tasks.base import Task
 from edgekd.tasks.classification import Classification, ClassificationConfig
 from edgekd.tasks.detection import ANCHORS, Detection, DetectionConfig
+from edgekd.tasks.saliency import Saliency, SaliencyConfig
 from edgekd.tasks.segmentation import Segmentation, SegmentationConfig, balanced_weights
 from edgekd.tasks.yolo_loss import Gains
 
-AnyTask = ClassificationConfig | DetectionConfig | SegmentationConfig
+AnyTask = ClassificationConfig | DetectionConfig | SegmentationConfig | SaliencyConfig
 TaskConfig = Annotated[AnyTask, Field(discriminator="kind")]
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "ClassificationConfig",
     "Detection",
     "DetectionConfig",
+    "Saliency",
+    "SaliencyConfig",
     "Segmentation",
     "SegmentationConfig",
     "Task",
@@ -39,12 +42,19 @@ def build(config: AnyTask, data: Dataset) -> Task:
             its training pixels.
 
     Raises:
-        DataError: There is no box to fit them to, or there are not as many weights as classes.
+        DataError: There is no box to fit them to, there are not as many weights as classes, or not two classes for saliency.
     """
     if isinstance(config, ClassificationConfig):
         return Classification(config.label_smoothing)
     if isinstance(config, SegmentationConfig):
         return _segmentation(config, data)
+    if isinstance(config, SaliencyConfig):
+        if data.num_classes != 2:
+            raise DataError(
+                f"saliency knows two classes, 0 and 1, and the data has {data.num_classes}",
+                hint="where masks are pictures of 0 and 255, give data.threshold: 128",
+            )
+        return Saliency(config.boundary_weight)
     anchors = (
         fit_anchors(data.train.labels, len(config.strides), ANCHORS)
         if config.anchors is None

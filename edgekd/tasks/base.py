@@ -26,8 +26,8 @@ class Task(Protocol):
     output_names: ClassVar[tuple[str, ...]]
     """The outputs of the exported model, in order."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The supervised loss, a scalar averaged over the batch."""
+    def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:
+        """The supervised loss, a scalar averaged over the batch; ``progress`` is the share of the training that is done, 0..1."""
 
     def new_metric(self) -> Metric:
         """An empty metric: ``update(logits, labels)`` per batch, then ``compute()``, which adds up all processes."""

@@ -43,12 +43,13 @@ class Classification:
     higher_is_better: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:  # noqa: ARG002
         """Cross-entropy, averaged over the batch.
 
         Args:
             logits: [B, K], before softmax.
             labels: int64 [B].
+            progress: Not looked at.
         """
         # float32 under autocast too: the exponentials lose too much in 16 bits
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)

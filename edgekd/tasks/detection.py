@@ -83,12 +83,13 @@ class Detection:
     LEAST: ClassVar[float] = 0.001
     """Smallest score that the metric looks at."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:  # noqa: ARG002
         """edgekd.tasks.yolo_loss, averaged over the batch.
 
         Args:
             logits: Raw predictions, [B, P, 5 + K].
             labels: float32 [B, M, 6], as in edgekd.data.boxes.
+            progress: Not looked at.
         """
         return detection_loss(logits, labels, self.heads, self.gains)
 

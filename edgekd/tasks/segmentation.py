@@ -54,12 +54,13 @@ class Segmentation:
     higher_is_better: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:  # noqa: ARG002
         """Weighted cross-entropy over the pixels that count, and the soft Dice loss.
 
         Args:
             logits: [B, K, H, W], before softmax.
             labels: uint8 [B, H, W]; 255 does not count.
+            progress: Not looked at.
         """
         logits, labels = logits.float(), labels.long()
         weight = None if self.class_weights is None else logits.new_tensor(self.class_weights)

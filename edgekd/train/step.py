@@ -28,7 +28,7 @@ class Outputs:
     """What a model gave for one batch."""
 
     logits: Tensor
-    """[B, classes] for classification, before softmax."""
+    """[B, classes] for classification, before softmax; what the task says for others."""
     taps: Mapping[str, Tensor] = field(default_factory=dict)
     """Role -> tensor, for the roles that the objective asked for."""
 
@@ -146,7 +146,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, f
         with _no_sync(state, number < len(parts)):
             inputs = forward(state, part_images, part_labels)
             with state.fabric.autocast():
-                terms = {"task": state.task_weight * state.task.loss(inputs.student.logits, part_labels)}
+                terms = {"task": state.task_weight * state.task.loss(inputs.student.logits, part_labels, state.progress)}
                 terms.update(state.objective.losses(inputs))
             share = len(part_images) / len(images)
             for name, value in finite(terms, state).items():

@@ -191,3 +191,17 @@ def test_two_processes_share_the_batch_of_one():
     images, labels = next(iter(eval_batches(data, 3, mean=(0.5,) * 3, std=(0.2,) * 3)))
     assert images.shape == (3, 3, HEIGHT, WIDTH)
     assert labels.shape == (3, HEIGHT, WIDTH)
+
+
+def test_masks_that_are_pictures(tmp_path):
+    """0 and 255, with greys along the edges: classes 0 and 1, and what is not valid is ignored."""
+    root = write(tmp_path)
+    for path in root.glob("*/masks/*.png"):
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.choose(np.where(mask == IGNORE, 0, mask), [0, 127, 255]).astype(np.uint8)).save(path)
+    data = load(config(root, threshold=128, valid="{split}/valid"), search=())
+    assert data.classes == ("0", "1")
+    for labels in data.train.labels:
+        assert (labels[4:20, 20:30] == 1).all()
+        assert (labels[4:20, :10] == 0).all()
+        assert (labels[:, -4:] == IGNORE).all()

@@ -33,7 +33,7 @@ def test_the_task_decides_alike():
         (
             {"logits": LOGITS},
             {"kind": "tracking"},
-            "this edgekd knows classification, detection and segmentation",
+            "this edgekd knows classification, detection, segmentation, saliency",
         ),
         ({"boxes": LOGITS}, ABOUT, "expected an output 'logits'; the engine gave boxes"),
         ({"logits": LOGITS[:, :2]}, ABOUT, r"has shape \[2, 2\]; expected \[N, 3 classes\]"),
