@@ -11,10 +11,20 @@ from edgekd.distill.logits import LogitsConfig
 from edgekd.distill.ost import OstConfig
 from edgekd.distill.raw_output import RawOutputConfig
 from edgekd.distill.scrm import ScrmConfig
+from edgekd.distill.structured_kd import StructuredKdConfig
 
-METHODS: tuple[type[Config], ...] = (LogitsConfig, RawOutputConfig, OstConfig, AfdConfig, ScrmConfig, HclConfig)
+METHODS: tuple[type[Config], ...] = (
+    LogitsConfig,
+    RawOutputConfig,
+    OstConfig,
+    AfdConfig,
+    ScrmConfig,
+    HclConfig,
+    StructuredKdConfig,
+)
 
 MethodConfig = Annotated[
-    LogitsConfig | RawOutputConfig | OstConfig | AfdConfig | ScrmConfig | HclConfig, Field(discriminator="name")
+    LogitsConfig | RawOutputConfig | OstConfig | AfdConfig | ScrmConfig | HclConfig | StructuredKdConfig,
+    Field(discriminator="name"),
 ]
 """What a distillation method is."""

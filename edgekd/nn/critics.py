@@ -178,6 +178,29 @@ def hinge_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     return F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
 
 
+def adversarial_loss(
+    critic: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    kind: Literal["wgan-gp", "hinge"] = "wgan-gp",
+    penalty_weight: float = 10.0,
+) -> Tensor:
+    """What a critic lowers in one step; it is called for the teacher's maps, for the student's, then for those in between.
+
+    Args:
+        critic: Maps to scores.
+        real: The teacher's maps, [B, C, H, W]; no gradient flows into them.
+        fake: The student's, the same.
+        kind: :func:`wasserstein_loss` with ``penalty_weight`` times :func:`gradient_penalty`, or :func:`hinge_loss` alone.
+        penalty_weight: lambda of the penalty.
+    """
+    scores = critic(real.detach()), critic(fake.detach())
+    if kind == "hinge":
+        return hinge_loss(*scores)
+    return wasserstein_loss(*scores) + penalty_weight * gradient_penalty(critic, real, fake)
+
+
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, shares_B: Tensor | None = None) -> Tensor:
     """The mean over images of (the norm of the critic's gradient - 1)^2, between the teacher's and the student's maps.
 

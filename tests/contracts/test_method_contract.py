@@ -54,7 +54,8 @@ CLASSES = Pairing(
     ModelConfig(name="resnet8"), ModelConfig(name="wrn_16_2"), Classification(), lambda: toy.dataset(train=32, size_px=16)
 )
 MASKS = Pairing(unet(4), unet(8), Segmentation(toy.CLASSES), toy.scenes)
-PAIRINGS: dict[str, Pairing] = {}
+CRITICIZED = dataclasses.replace(MASKS, data=lambda: toy.scenes(size_px=64))  # the smallest that AttentionCritic reads
+PAIRINGS: dict[str, Pairing] = {"structured_kd": CRITICIZED}
 """Method -> what it is tried on, where that is not two classifiers."""
 
 

@@ -11,6 +11,7 @@ from edgekd.nn.critics import (
     PatchCritic,
     SelfAttention,
     SpectralConv2d,
+    adversarial_loss,
     gradient_penalty,
     hinge_loss,
     praise,
@@ -159,6 +160,13 @@ def test_the_penalty_is_drawn_anew_from_the_global_seed():
     one, other = (gradient_penalty(lambda x: x.square(), real, fake).item() for _ in range(2))
     torch.manual_seed(5)
     assert gradient_penalty(lambda x: x.square(), real, fake).item() == one != other
+
+
+def test_a_critics_loss_by_hand():
+    """The critic 2 x on the constants 4 and 1: its gradient is 2 everywhere."""
+    real, fake = torch.full((2, 1, 1, 1), 4.0), torch.full((2, 1, 1, 1), 1.0)
+    assert adversarial_loss(lambda x: 2 * x, real, fake, penalty_weight=10).item() == (2 - 8) + 10 * (2 - 1) ** 2
+    assert adversarial_loss(lambda x: 2 * x, real, fake, kind="hinge").item() == 3
 
 
 @pytest.mark.parametrize(("critic", "side"), [(AttentionCritic(2), 64), (AttentionCritic(2, "tanh"), 64), (PatchCritic(2), 24)])
