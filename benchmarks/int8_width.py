@@ -4,7 +4,8 @@ ResNet-8 on images of 32 pixels, the small detector on images of 512; ResNet-18,
 one thread and at two.
 
 Weights are random: they do not change what an engine computes, only what comes out. For each case and backend, both engines are
-built and measured in turns in one process, at batch 1. Writes results/int8_width.json with every raw sample.
+built and measured in turns in one process, at batch 1. Writes results/int8_width.json with every raw sample, and with each row the
+machine: what is measured elsewhere later replaces its own models only.
 
     python benchmarks/int8_width.py [--seconds 6] [--model resnet8 superyolo_small ...]
 """
@@ -68,7 +69,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     if RESULT.is_file():  # of the models that are not measured now
-        rows = [row for row in json.loads(RESULT.read_text())["rows"] if row.get("model", "resnet8") not in given.model]
+        rows = [row for row in json.loads(RESULT.read_text())["rows"] if row["model"] not in given.model]
     digits = load(DigitsConfig(size_px=32, channels=3))
     with tempfile.TemporaryDirectory() as scratch:
         for case in [case for case in CASES if case.model in given.model]:
@@ -81,6 +82,7 @@ def main() -> None:
                 (ratio,) = record["ratios"]
                 rows.append(
                     {
+                        "host": describe(),
                         "model": case.model,
                         "size_px": case.side_px,
                         "width": case.width,
@@ -102,7 +104,7 @@ def main() -> None:
                 low, high = ratio["interval"]
                 print(f"{case} {backend}: int8 {ratio['speedup']:.2f}x float32 [{low:.2f}, {high:.2f}]", flush=True)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"schema": 1, "edgekd": __version__, "batch": 1, "rows": rows, "host": describe()}))
+    RESULT.write_text(json.dumps({"schema": 2, "edgekd": __version__, "batch": 1, "rows": rows}))
 
 
 def enlarged(images: Any, side: int) -> Any:

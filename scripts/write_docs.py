@@ -142,21 +142,21 @@ def width() -> str:
     rows = json.loads((RESULTS / "int8_width.json").read_text())["rows"]
     by_case: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        row.setdefault("threads", 1)
         by_case.setdefault(tuple(row[key] for key in ("model", "width", "size_px", "threads")), {"row": row})[row["backend"]] = (
             row
         )
     return table(
-        ("model", "image", "channels", "MMACs", "threads", "ONNX Runtime", "OpenVINO"),
+        ("model", "image", "channels", "MMACs", "CPU", "threads", "ONNX Runtime", "OpenVINO"),
         [
             (
                 found["row"]["model"],
                 f"{found['row']['size_px']} px",
                 "-".join(map(str, found["row"]["channels"])),
                 f"{found['row']['macs'] / 1e6:.0f}",
+                found["row"]["host"]["cpu"]["model"].replace("(R)", "").removesuffix(" Processor"),
                 str(found["row"]["threads"]),
                 *(f"{found[name]['speedup']:.2f}× [{found[name]['interval'][0]:.2f}, {found[name]['interval'][1]:.2f}]"
-                  for name in ("onnxruntime", "openvino")),
+                  if found[name]["valid"] else "disturbed" for name in ("onnxruntime", "openvino")),
             )
             for found in by_case.values()
         ],
