@@ -4,8 +4,8 @@ ResNet-8 on images of 32 pixels, the small detector on images of 512; ResNet-18,
 one thread and at two.
 
 Weights are random: they do not change what an engine computes, only what comes out. For each case and backend, both engines are
-built and measured in turns in one process, at batch 1. Writes results/int8_width.json with every raw sample, and with each row the
-machine: what is measured elsewhere later replaces its own models only.
+built and measured in turns in one process, at batch 1. Writes results/int8_width.json with every raw sample and with the machine
+of each row: models that are not measured now keep theirs.
 
     python benchmarks/int8_width.py [--seconds 6] [--model resnet8 superyolo_small ...]
 """
