@@ -86,6 +86,37 @@ def capture(model: nn.Module, wanted: Mapping[str, str]) -> Iterator[dict[str, T
         yield captured
 
 
+def run_until(model: nn.Module, place: str, images: Tensor) -> Tensor:
+    """What stands at a tap's place, without running what the model does behind it.
+
+    Args:
+        model: Called as it is, with gradients where they are on.
+        place: Module path; the first time that the module is called counts.
+        images: [B, C, H, W].
+
+    Raises:
+        RecipeError: The module does not exist, gives no tensor, or the forward does not come by.
+    """
+    check_paths(model, {place: place})
+    try:
+        handle = model.get_submodule(place.removesuffix(INPUT)).register_forward_hook(_leave(place))
+        try:
+            model(images)
+        finally:
+            handle.remove()
+    except _ReachedError as reached:
+        return reached.tensor
+    raise RecipeError(f"the model's forward does not call {place!r}", hint="tap a module that it calls")
+
+
+class _ReachedError(Exception):
+    """Leaves a forward with the tensor that was wanted."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
 @contextmanager
 def replace(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Put other tensors in the place of modules' outputs in every forward inside the ``with`` block.
@@ -123,6 +154,13 @@ def tap_shapes(model: nn.Module, wanted: Mapping[str, str], example: Tensor) -> 
     with torch.no_grad(), capture(shell, wanted) as found:
         shell(torch.empty(example.shape, device="meta"))
     return {role: tuple(tensor.shape) for role, tensor in found.items()}
+
+
+def _leave(place: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the hook's signature
+        raise _ReachedError(_tensor((args[0] if args else None) if place.endswith(INPUT) else output, place, place))
+
+    return hook
 
 
 def _give(tensor: Tensor) -> Callable[[nn.Module, Any, Any], Tensor]:

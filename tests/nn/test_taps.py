@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import RecipeError
-from edgekd.nn.taps import capture, replace, resolve
+from edgekd.nn.taps import capture, replace, resolve, run_until
 
 
 class Twice(nn.Module):
@@ -134,6 +134,28 @@ def test_replaced_outputs_reach_what_follows_and_nothing_else():
     assert model[0].weight.grad is None
     assert model[1].weight.grad is None
     assert torch.equal(model(x), model[2](model[1](model[0](x)))), "no hook is left"
+
+
+def test_a_run_ends_at_its_tap():
+    called = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].register_forward_hook(lambda *_: called.append(1))
+    x = torch.randn(5, 3)
+    assert torch.equal(run_until(model, "0", x), model[0](x))
+    assert torch.equal(run_until(model, "1@input", x), model[0](x))
+    assert not called
+    assert not model[0]._forward_hooks
+    run_until(model, "1", x).sum().backward()
+    assert model[0].weight.grad is not None
+    with pytest.raises(RecipeError, match="no module 'one'"):
+        run_until(model, "one", x)
+
+
+def test_a_run_that_does_not_come_by_says_so():
+    model = Twice()
+    model.idle = nn.Linear(2, 2)
+    with pytest.raises(RecipeError, match="does not call 'idle'"):
+        run_until(model, "idle", torch.randn(4, 2))
 
 
 def test_replace_refuses_inputs_and_unknown_places():
