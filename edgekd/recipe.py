@@ -52,8 +52,17 @@ Precision = Literal["float32", "float16", "int8", "hybrid"]
 
 LABELS = {"classification": "classes", "detection": "boxes", "segmentation": "masks", "saliency": "masks"}
 """Task -> the labels that it needs."""
-LABELS_OF = {"image_folder": "classes", "digits": "classes", "coco": "boxes", "yolo": "boxes", "masks": "masks"}
-"""Kind of data -> its labels; of a function nobody knows before it is called."""
+LABELS_OF = {
+    "image_folder": "classes",
+    "digits": "classes",
+    "coco": "boxes",
+    "yolo": "boxes",
+    "masks": "masks",
+    "callable": "classes",
+    "callable_boxes": "boxes",
+    "callable_masks": "masks",
+}
+"""Kind of data -> its labels."""
 SEGMENTERS = ("unet",)
 """edgekd's models that give logits for every pixel."""
 SALIENCY: tuple[str, ...] = ()
@@ -198,8 +207,8 @@ def _check_task(recipe: Recipe) -> list[Problem]:
     """The data has the labels that the task needs, and a detector the heads."""
     problems = []
     task = recipe.task
-    needs, has = LABELS[task.kind], LABELS_OF.get(recipe.data.kind)
-    if has is not None and needs != has:
+    needs, has = LABELS[task.kind], LABELS_OF[recipe.data.kind]
+    if needs != has:
         kinds = " or ".join(kind for kind, labels in LABELS_OF.items() if labels == needs)
         other = next(name for name, labels in LABELS.items() if labels == has)
         problems.append(

@@ -12,16 +12,27 @@ from edgekd.data import boxes, digits, image_folder, masks
 from edgekd.data import callable as by_call
 from edgekd.data.base import Dataset, Split
 from edgekd.data.boxes import CocoConfig, YoloConfig
-from edgekd.data.callable import CallableConfig
+from edgekd.data.callable import CallableBoxesConfig, CallableConfig, CallableMasksConfig
 from edgekd.data.digits import DigitsConfig
 from edgekd.data.image_folder import ImageFolderConfig
 from edgekd.data.masks import MasksConfig
 
-AnyData = DigitsConfig | ImageFolderConfig | CallableConfig | CocoConfig | YoloConfig | MasksConfig
+AnyData = (
+    DigitsConfig
+    | ImageFolderConfig
+    | CallableConfig
+    | CallableBoxesConfig
+    | CallableMasksConfig
+    | CocoConfig
+    | YoloConfig
+    | MasksConfig
+)
 DataConfig = Annotated[AnyData, Field(discriminator="kind")]
 
 __all__ = [
+    "CallableBoxesConfig",
     "CallableConfig",
+    "CallableMasksConfig",
     "CocoConfig",
     "DataConfig",
     "Dataset",
@@ -68,5 +79,5 @@ def preflight(config: AnyData, *, search: Sequence[Path]) -> None:
         boxes.preflight(config, search)
     elif isinstance(config, MasksConfig):
         masks.preflight(config, search)
-    elif isinstance(config, CallableConfig):
+    elif isinstance(config, CallableConfig | CallableBoxesConfig | CallableMasksConfig):
         by_call.preflight(config)

@@ -203,7 +203,7 @@ def assemble(parts: Mapping[str, Part], classes: Sequence[str], warnings: Sequen
     for name, part in parts.items():
         _check_part(name, part, shape, classes)
     notes = _absent(parts["train"].labels, classes)
-    if boxes and len(_classes_of(parts["val"].labels)) == 0:
+    if boxes and len(classes_of(parts["val"].labels)) == 0:
         notes.append("no image of val has a box that counts, so its metric stays 0 while training")
     mean, std = _statistics(parts["train"].images)
     for part in parts.values():
@@ -225,7 +225,7 @@ def _absent(train: Labels, classes: Sequence[str]) -> list[str]:
         DataError: There is no box at all, or a class of images without boxes has no image.
     """
     kind = kind_of(train)
-    counts = np.bincount(_classes_of(train), minlength=len(classes))
+    counts = np.bincount(classes_of(train), minlength=len(classes))
     absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if not absent:
         return []
@@ -242,7 +242,7 @@ def _check_part(name: str, part: Part, shape: tuple[int, ...], classes: Sequence
         raise DataError(f"the split {name} has no images")
     if part.images.shape[1:] != shape:
         raise DataError(f"images of {name} are {_size(part.images.shape[1:])}, those of train {_size(shape)}")
-    found = _classes_of(part.labels)
+    found = classes_of(part.labels)
     if len(found) == 0 and name == "test":
         raise DataError("no image of test has a box that counts", hint="a metric needs some")
     low, high = (int(found.min()), int(found.max())) if len(found) else (0, 0)
@@ -259,7 +259,7 @@ def kind_of(labels: Labels) -> Literal["classes", "boxes", "masks"]:
     return "masks" if labels.dtype == np.uint8 else "boxes"
 
 
-def _classes_of(labels: Labels) -> npt.NDArray[np.int64]:
+def classes_of(labels: Labels) -> npt.NDArray[np.int64]:
     """The class of every image, or of every box or pixel that is not ignored, [n]."""
     kind = kind_of(labels)
     if kind == "classes":

@@ -1,8 +1,14 @@
 """A user's own data, by import path.
 
 The function gets ``arguments`` as keywords and returns a mapping with ``train`` and ``test``, and optionally ``val``, ``calib``
-and ``classes`` (names). Each split is a pair: images uint8 [N, H, W, C], labels int [N]. Where val or calib is missing, it is
-carved out of a copy of train.
+and ``classes`` (names). Each split is a pair: images uint8 [N, H, W, C], and labels, which the kind says:
+
+- ``callable``: int [N], the class of each image;
+- ``callable_boxes``: N arrays [M, 5] or [M, 6], a row per box: class, x1, y1, x2, y2 in pixels (x to the right, y down), and
+  optionally 1 where it is neither trained on nor counted; images are square;
+- ``callable_masks``: int [N, H, W], the class of each pixel, or 255 where it is neither trained on nor counted.
+
+Where val or calib is missing, it is carved out of a copy of train.
 """
 
 from __future__ import annotations
@@ -13,21 +19,37 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, JsonValue
 
 from edgekd._config import Config
 from edgekd.data.augment import AugmentConfig
-from edgekd.data.base import MAX_CHANNELS, Dataset, Part, assemble, carve, image_digests, stratified_order
+from edgekd.data.augment_boxes import BoxAugmentConfig
+from edgekd.data.augment_masks import MaskAugmentConfig
+from edgekd.data.base import (
+    IGNORE,
+    MAX_CHANNELS,
+    Dataset,
+    Images,
+    Labels,
+    Part,
+    assemble,
+    carve,
+    classes_of,
+    image_digests,
+    order_by_hash,
+    stratified_order,
+)
+from edgekd.data.boxes import COLUMNS, STEP_PX, padded
 from edgekd.errors import DataError, nearest
 
 REQUIRED = ("train", "test")
 OPTIONAL = ("val", "calib", "classes")
 
 
-class CallableConfig(Config):
-    """Images from a function of yours."""
+class _FunctionConfig(Config):
+    """What the kinds have in common."""
 
-    kind: Literal["callable"] = "callable"
     call: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
     """What to call, as package.module:function."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
@@ -36,11 +58,36 @@ class CallableConfig(Config):
     """Images carved out of train for calib where the function gives none; at most a tenth of train."""
     val_images: int = Field(default=1000, ge=1)
     """Images carved out of train for val where the function gives none; at most a tenth of train."""
+
+
+class CallableConfig(_FunctionConfig):
+    """Images with classes from a function of yours."""
+
+    kind: Literal["callable"] = "callable"
     augment: AugmentConfig = AugmentConfig()
     """Random changes of training images."""
 
 
-def preflight(config: CallableConfig) -> None:
+class CallableBoxesConfig(_FunctionConfig):
+    """Images with boxes from a function of yours."""
+
+    kind: Literal["callable_boxes"]
+    augment: BoxAugmentConfig = BoxAugmentConfig()
+    """Random changes of training images."""
+
+
+class CallableMasksConfig(_FunctionConfig):
+    """Images with masks from a function of yours."""
+
+    kind: Literal["callable_masks"]
+    augment: MaskAugmentConfig = MaskAugmentConfig()
+    """Random changes of training images and their masks."""
+
+
+AnyFunction = CallableConfig | CallableBoxesConfig | CallableMasksConfig
+
+
+def preflight(config: AnyFunction) -> None:
     """Import the function without calling it.
 
     Raises:
@@ -49,7 +96,7 @@ def preflight(config: CallableConfig) -> None:
     _function(config.call)
 
 
-def load(config: CallableConfig) -> Dataset:
+def load(config: AnyFunction) -> Dataset:
     """Call the function and check what it gives.
 
     Raises:
@@ -65,7 +112,7 @@ def load(config: CallableConfig) -> Dataset:
         ) from error
     given = _check_keys(config.call, result)
     parts = {
-        name: _part(f"{config.call}: {name}", given[name])
+        name: _part(f"{config.call}: {name}", given[name], config.kind)
         for name in ("train", "val", "test", "calib")
         if given.get(name) is not None
     }
@@ -77,14 +124,19 @@ def load(config: CallableConfig) -> Dataset:
             )
     classes = given.get("classes")
     if classes is None:
-        classes = [str(index) for index in range(1 + max(int(part.labels.max(initial=-1)) for part in parts.values()))]
+        found = [classes_of(part.labels) for part in parts.values()]
+        classes = [str(index) for index in range(max(int(labels.max(initial=0)) for labels in found) + 1)]
     wanted = {"calib": config.calibration_images, "val": config.val_images}
     missing = {name: count for name, count in wanted.items() if name not in parts}
     warnings: list[str] = []
     if missing:
-        # the user's order of train may be sorted by class: carving needs a stratified one
+        # the user's order of train may be sorted by class: carving needs a fair one
         train = parts["train"]
-        order = stratified_order(train.labels, [str(index) for index in range(len(train.labels))])
+        keys = [str(index) for index in range(len(train.labels))]
+        if config.kind == "callable":
+            order = stratified_order(train.labels, keys)
+        else:
+            order = np.array(order_by_hash(range(len(keys)), str, None))
         carved, warnings = carve(Part(train.images[order], train.labels[order], train.digests[order]), missing)
         parts.update(carved)
     return assemble(parts, [str(name) for name in classes], warnings)
@@ -123,10 +175,10 @@ def _check_keys(call: str, result: Any) -> Mapping[str, Any]:
     return result
 
 
-def _part(where: str, pair: Any) -> Part:
+def _part(where: str, pair: Any, kind: str) -> Part:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"{where} is a {type(pair).__name__}; expected a pair (images, labels)")
-    images, labels = np.asarray(pair[0]), np.asarray(pair[1])
+    images = np.asarray(pair[0])
     if images.dtype != np.uint8:
         raise DataError(
             f"{where}: images are {images.dtype}; expected uint8", hint="for floats in 0..1: (x * 255).round().astype('uint8')"
@@ -138,8 +190,81 @@ def _part(where: str, pair: Any) -> Part:
         raise DataError(
             f"{where}: images have shape {list(images.shape)}; expected [N, H, W, C] with 1 to {MAX_CHANNELS} channels", hint
         )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where}: labels are {labels.dtype}; expected integers")
+    height, width = images.shape[1:3]
+    if kind != "callable" and (height % STEP_PX or width % STEP_PX):
+        raise DataError(f"{where}: images are {height} x {width}; both sides must be multiples of {STEP_PX}", hint="pad them")
+    labels = {"callable": _image_classes, "callable_boxes": _boxes, "callable_masks": _masks}[kind](where, pair[1], images)
+    return Part(images, labels, image_digests(images))
+
+
+def _image_classes(where: str, given: Any, images: Images) -> Labels:
+    labels = _integers(where, given)
     if labels.shape != (len(images),):
         raise DataError(f"{where}: labels have shape {list(labels.shape)}; expected [{len(images)}], one per image")
-    return Part(images, labels.astype(np.int64), image_digests(images))
+    return labels.astype(np.int64)
+
+
+def _masks(where: str, given: Any, images: Images) -> Labels:
+    labels = _integers(where, given)
+    if labels.shape != images.shape[:3]:
+        raise DataError(
+            f"{where}: masks have shape {list(labels.shape)}; expected {list(images.shape[:3])}, a class for every pixel",
+            hint="drop the channel axis: masks[..., 0]" if labels.ndim == 4 else "",
+        )
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= IGNORE:
+        raise DataError(
+            f"{where}: masks range from {labels.min()} to {labels.max()}; classes begin at 0, and {IGNORE} is a pixel that does"
+            " not count"
+        )
+    return labels.astype(np.uint8)
+
+
+def _integers(where: str, given: Any) -> Labels:
+    labels = np.asarray(given)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: labels are {labels.dtype}; expected integers")
+    return labels
+
+
+def _boxes(where: str, given: Any, images: Images) -> Labels:
+    """[N, M, 6] of the boxes of every image."""
+    height, width = images.shape[1:3]
+    if height != width:
+        raise DataError(f"{where}: images are {height} x {width}; a detector takes square ones", hint="pad the shorter side")
+    if not hasattr(given, "__len__") or len(given) != len(images):
+        count = len(given) if hasattr(given, "__len__") else f"a {type(given).__name__}"
+        raise DataError(f"{where}: boxes of {count} for {len(images)} images; expected an array [M, 5] per image")
+    found = [_boxes_of(f"{where}: boxes of image {index}", rows, width) for index, rows in enumerate(given)]
+    return padded(found)
+
+
+def _boxes_of(where: str, given: Any, side: int) -> npt.NDArray[np.float64]:
+    """One image's boxes, [M, 6]."""
+    try:
+        rows = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} are no numbers: {error}") from error
+    if rows.size == 0:
+        return np.zeros((0, COLUMNS))
+    if rows.ndim != 2 or rows.shape[1] not in (COLUMNS - 1, COLUMNS):
+        raise DataError(f"{where} have shape {list(rows.shape)}; expected [M, 5]: class, x1, y1, x2, y2 in pixels")
+    if rows.shape[1] < COLUMNS:
+        rows = np.pad(rows, ((0, 0), (0, 1)))
+    corners = rows[:, 1:5]
+    wrong = (
+        ~np.isfinite(rows).all(1)
+        | (rows[:, 0] < 0)
+        | (rows[:, 0] % 1 != 0)
+        | ~np.isin(rows[:, 5], (0, 1))
+        | (corners < 0).any(1)
+        | (corners > side).any(1)
+        | (corners[:, 2:] <= corners[:, :2]).any(1)
+    )
+    if wrong.any():
+        row = rows[wrong.argmax()]
+        raise DataError(
+            f"{where}: {[round(value, 3) for value in row.tolist()]} is no box: expected a class from 0, then"
+            f" 0 <= x1 < x2 <= {side} and 0 <= y1 < y2 <= {side} in pixels",
+            hint="multiply YOLO's shares of an image by its side; make centres, and COCO's x, y, width, height, corners",
+        )
+    return rows

@@ -134,3 +134,96 @@ def test_kind_selects_the_config():
     assert config == CallableConfig(call="a.b:c", arguments={"n": 1})
     with pytest.raises(ValidationError, match="digits"):
         TypeAdapter(DataConfig).validate_python({"kind": "folder"})
+
+
+def boxed(count, seed, size=32):
+    images, _ = split(count, seed, size=size)
+    return images, [[[index % 2, 1, 2, 9 + row, 12.5] for row in range(index % 3)] for index in range(count)]
+
+
+def masked(count, seed, size=32):
+    images, _ = split(count, seed, size=size)
+    masks = np.random.default_rng(seed).integers(0, 3, (count, size, size))
+    masks[:, 0] = 255
+    return images, masks
+
+
+@pytest.fixture
+def other(tmp_path, monkeypatch):
+    """As ``user``, of a kind with boxes or masks."""
+    import sys
+
+    (tmp_path / "my_labels.py").write_text("def get():\n    return HOOK\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_labels", raising=False)
+
+    def run(kind, result, **options):
+        import my_labels
+
+        my_labels.HOOK = result
+        config = TypeAdapter(DataConfig).validate_python({"kind": kind, "call": "my_labels:get", **options})
+        return load(config, search=[])
+
+    return run
+
+
+def test_boxes_of_a_function_become_padded_rows(other):
+    data = other("callable_boxes", {"train": boxed(40, 0), "test": boxed(9, 1)}, augment={"mosaic": 0.5})
+    assert [len(found) for found in data.splits] == [32, 4, 9, 4]
+    assert data.classes == ("0", "1")
+    assert data.test.labels.dtype == np.float32
+    assert data.test.labels.shape == (9, 2, 6)
+    assert data.test.labels[5].tolist() == [[1, 1, 2, 9, 12.5, 0], [1, 1, 2, 10, 12.5, 0]]
+    assert (data.test.labels[0, :, 0] == -1).all()
+    images, rows = boxed(9, 1)
+    arrays = [np.pad(np.array(row, dtype=float).reshape(-1, 5), ((0, 0), (0, 1))) for row in rows]
+    same = other("callable_boxes", {"train": boxed(40, 0), "test": (images, arrays)})
+    assert same.fingerprint == data.fingerprint
+
+
+def test_masks_of_a_function_keep_their_pixels(other):
+    data = other("callable_masks", {"train": masked(20, 0), "test": masked(3, 1)}, augment={"scale": 0.2})
+    assert data.classes == ("0", "1", "2")
+    assert data.test.labels.dtype == np.uint8
+    assert (data.test.labels == masked(3, 1)[1]).all()
+    carved = [image.tobytes() for part in (data.train, data.val, data.calib) for image in part.labels]
+    assert sorted(carved) == sorted(mask.astype(np.uint8).tobytes() for mask in masked(20, 0)[1])
+
+
+PICTURES, ROWS = boxed(9, 1)
+_, MASKS = masked(9, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "test", "message", "hint"),
+    [
+        ("callable_boxes", (PICTURES, ROWS[:4]), "boxes of 4 for 9 images", ""),
+        ("callable_boxes", (PICTURES, 3), "boxes of a int for 9 images", ""),
+        ("callable_boxes", (PICTURES, [[[0, 1, 2, 3]]] * 9), "boxes of image 0 have shape [1, 4]; expected [M, 5]", ""),
+        ("callable_boxes", (PICTURES, [[["a", 1, 2, 3, 4]]] * 9), "boxes of image 0 are no numbers", ""),
+        (
+            "callable_boxes",
+            (PICTURES, [[], *[[[0, 5, 5, 3, 9]]] * 8]),
+            "image 1: [0.0, 5.0, 5.0, 3.0, 9.0, 0.0] is no box",
+            "corners",
+        ),
+        ("callable_boxes", (PICTURES, [[[0, 5, 5, 33, 9]]] * 9), "0 <= x1 < x2 <= 32", "shares"),
+        ("callable_boxes", (PICTURES, [[[0.5, 5, 5, 13, 9]]] * 9), "expected a class from 0", ""),
+        ("callable_boxes", (PICTURES, [[[0, 5, np.nan, 13, 9]]] * 9), "is no box", ""),
+        ("callable_boxes", boxed(9, 1, size=24), "images are 24 x 24; both sides must be multiples of 16", "pad"),
+        ("callable_boxes", (PICTURES[:, :16], ROWS), "images are 16 x 32; a detector takes square ones", "pad"),
+        ("callable_boxes", (PICTURES, [[]] * 9), "no image of test has a box that counts", ""),
+        ("callable_masks", (PICTURES, MASKS[:4]), "masks have shape [4, 32, 32]; expected [9, 32, 32]", ""),
+        ("callable_masks", (PICTURES, MASKS[..., None]), "masks have shape [9, 32, 32, 1]", "masks[..., 0]"),
+        ("callable_masks", (PICTURES, MASKS / 1), "labels are float64; expected integers", ""),
+        ("callable_masks", (PICTURES, MASKS - 1), "masks range from -1 to 254", ""),
+    ],
+)
+def test_wrong_boxes_and_masks(other, kind, test, message, hint):
+    train = boxed(40, 0) if kind == "callable_boxes" else masked(40, 0)
+    if test[0].shape[1:] != train[0].shape[1:]:
+        train = (train[0][:, : test[0].shape[1], : test[0].shape[2]], train[1])
+    with pytest.raises(DataError) as caught:
+        other(kind, {"test": test, "train": train})
+    assert message in caught.value.message
+    assert hint in caught.value.hint
