@@ -217,7 +217,7 @@ BAD = {
         "digits",
         "digit",
         "kind: digit,",
-        "data.kind: unknown value \"digit\" (did you mean 'digits'?); allowed: callable, callable_boxes, callable_masks, coco, digits,",
+        "data.kind: unknown value \"digit\" (did you mean 'digits'?); allowed: callable, callable_boxes,",
     ),
     "unknown stage": Bad(
         "kind: prune", "kind: prun", "kind: prun\n", "stages[1].kind: unknown value \"prun\" (did you mean 'prune'?); allowed:"
