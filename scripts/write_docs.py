@@ -237,6 +237,24 @@ def startup() -> str:
     )
 
 
+def step_cost() -> str:
+    """benchmarks/results/step_cost.json as a table."""
+    file = RESULTS / "step_cost.json"
+    if not file.is_file():
+        return "Nothing yet.\n"
+    result = json.loads(file.read_text())
+    known = {
+        "edgekd": (result["ratio"], result["ratio_interval"]),
+        "by hand (again)": (result["noise_floor"]["ratio"], result["noise_floor"]["interval"]),
+    }
+    rows = []
+    for loop in result["loops"]:
+        ratio, (low, high) = known.get(loop["loop"], (1.0, (1.0, 1.0)))
+        rows.append((loop["loop"], f"{loop['median_ms']:.0f} ms", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"))
+    title = f"a step, {result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return table((title, "median", "against by hand"), rows)
+
+
 def cifar10() -> str:
     """benchmarks/results/cifar10.json as two tables."""
     report = json.loads((RESULTS / "cifar10.json").read_text())["report"]
@@ -425,7 +443,14 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
     "docs/methods.md": {"methods": methods},
     "docs/recipes.md": {"options": options},
-    "docs/results.md": {"cifar10": cifar10, "ghost": ghost, "h200": h200, "int8 width": width, "startup": startup},
+    "docs/results.md": {
+        "cifar10": cifar10,
+        "ghost": ghost,
+        "h200": h200,
+        "int8 width": width,
+        "startup": startup,
+        "step cost": step_cost,
+    },
 }
 
 if __name__ == "__main__":
