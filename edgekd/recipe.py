@@ -65,7 +65,7 @@ LABELS_OF = {
 """Kind of data -> its labels."""
 SEGMENTERS = ("unet",)
 """edgekd's models that give logits for every pixel."""
-SALIENCY: tuple[str, ...] = ()
+SALIENCY = ("scfnet",)
 """edgekd's models that give one map of what stands out."""
 MAPS = {"segmentation": SEGMENTERS, "saliency": SALIENCY}
 GIVES = {
@@ -236,7 +236,7 @@ def _check_task(recipe: Recipe) -> list[Problem]:
         elif strides is not None:
             problems.append(Problem(path, f"{model.name} is a detector", "use the task detection, or another model"))
         elif model.name in models.names() and (made_for := _made_for(model.name)) != task.kind:
-            right = ", ".join(MAPS[task.kind]) or "callable for your own" if task.kind in MAPS else "another model"
+            right = ", ".join(MAPS[task.kind]) if task.kind in MAPS else "another model"
             problems.append(Problem(path, f"{model.name} gives {GIVES[made_for]}", f"use {right}, or the task {made_for}"))
     return problems
 

@@ -17,7 +17,7 @@ import edgekd
 from edgekd import cli
 from edgekd.errors import RecipeError
 from edgekd.models.superyolo import STRIDES
-from edgekd.recipe import Recipe, json_schema, load_recipe, preflight, smoke
+from edgekd.recipe import SALIENCY, SEGMENTERS, Recipe, json_schema, load_recipe, preflight, smoke
 
 ROOT = Path(edgekd.__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -607,7 +607,7 @@ def test_what_the_message_calls_allowed_is_accepted(folder, monkeypatch, capsys)
     allowed = re.search(r"allowed: (.*)", validate("bad.yaml", monkeypatch, capsys)[2])[1].split(", ")
     assert len(allowed) > 10
     for name in allowed[:-2]:  # the last two are callable and the zoos
-        if name in (*STRIDES, "unet"):  # it is refused for its task, not for its name
+        if name in (*STRIDES, *SEGMENTERS, *SALIENCY):  # it is refused for its task, not for its name
             continue
         (folder / "bad.yaml").write_text(BASE.replace("resnet8", name))
         assert load_recipe(folder / "bad.yaml").recipe.student.model.name == name

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from edgekd.errors import RecipeError, nearest
-from edgekd.models import mobilenet_v2, resnet_cifar, shufflenet_v2, superyolo, unet, user, vgg, wide_resnet, zoo
+from edgekd.models import mobilenet_v2, resnet_cifar, scfnet, shufflenet_v2, superyolo, unet, user, vgg, wide_resnet, zoo
 from edgekd.models.config import CALLABLE, ModelConfig
 from edgekd.models.weights import load_weights
 from edgekd.nn.taps import check_paths
@@ -48,6 +48,7 @@ MODELS: dict[str, Entry] = {
     "superyolo": Entry(superyolo.superyolo, superyolo.TAPS),
     "superyolo_small": Entry(superyolo.superyolo_small, superyolo.SMALL_TAPS),
     "unet": Entry(unet.unet, unet.TAPS),
+    "scfnet": Entry(scfnet.scfnet, scfnet.TAPS),
 }
 
 
@@ -122,5 +123,5 @@ def taps(config: ModelConfig, model: nn.Module) -> dict[str, str]:
 
 
 def fixed_channels(model: nn.Module) -> list[nn.Module]:
-    """The layers whose output channels pruning must leave alone, because the model tells channels apart by position."""
-    return shufflenet_v2.fixed_channels(model)
+    """The layers whose output channels pruning must leave alone: the model tells them apart by position, or reads them unseen."""
+    return [*shufflenet_v2.fixed_channels(model), *scfnet.fixed_channels(model)]
