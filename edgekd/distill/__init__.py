@@ -6,6 +6,7 @@ from pydantic import Field
 
 from edgekd._config import Config
 from edgekd.distill.afd import AfdConfig
+from edgekd.distill.generalizable_msan import GeneralizableMsanConfig
 from edgekd.distill.hcl import HclConfig
 from edgekd.distill.logits import LogitsConfig
 from edgekd.distill.ost import OstConfig
@@ -21,10 +22,18 @@ METHODS: tuple[type[Config], ...] = (
     ScrmConfig,
     HclConfig,
     StructuredKdConfig,
+    GeneralizableMsanConfig,
 )
 
 MethodConfig = Annotated[
-    LogitsConfig | RawOutputConfig | OstConfig | AfdConfig | ScrmConfig | HclConfig | StructuredKdConfig,
+    LogitsConfig
+    | RawOutputConfig
+    | OstConfig
+    | AfdConfig
+    | ScrmConfig
+    | HclConfig
+    | StructuredKdConfig
+    | GeneralizableMsanConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""

@@ -55,7 +55,12 @@ CLASSES = Pairing(
 )
 MASKS = Pairing(unet(4), unet(8), Segmentation(toy.CLASSES), toy.scenes)
 CRITICIZED = dataclasses.replace(MASKS, data=lambda: toy.scenes(size_px=64))  # the smallest that AttentionCritic reads
-PAIRINGS: dict[str, Pairing] = {"structured_kd": CRITICIZED}
+PAIRINGS: dict[str, Pairing] = {
+    "structured_kd": CRITICIZED,
+    "generalizable_msan": dataclasses.replace(
+        MASKS, arguments={"length": 16, "views": 2, "autoencoder_width": 4, "autoencoder_epochs": 1, "alignment_epochs": 1}
+    ),
+}
 """Method -> what it is tried on, where that is not two classifiers."""
 
 
