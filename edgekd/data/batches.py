@@ -6,8 +6,10 @@ Shape letters: B images of a batch, H rows, W columns, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,10 +17,12 @@ from edgekd.data import augment_boxes, augment_masks
 from edgekd.data.augment import AugmentConfig, draw, transform
 from edgekd.data.augment_boxes import BoxAugmentConfig
 from edgekd.data.augment_masks import MaskAugmentConfig
-from edgekd.data.base import Split
+from edgekd.data.base import IGNORE, Split
 from edgekd.errors import RecipeError
 
 AnyAugment = AugmentConfig | BoxAugmentConfig | MaskAugmentConfig
+Pools = tuple[npt.NDArray[Any], ...]
+"""The images that an epoch draws from, as indices; of several pools every batch takes alike."""
 EVAL_PIXELS = 8 << 20
 """Of all images of a batch that is only evaluated: the activations of larger ones would not fit into memory."""
 
@@ -39,6 +43,40 @@ def normalise(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float]) 
     return images_BCHW.div_(255).sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
 
 
+def draw_from(split: Split, images: Literal["all", "labelled", "half labelled"]) -> Pools:
+    """The pools of a split.
+
+    Args:
+        split: Its unlabelled images are those of whose mask no pixel counts; without masks there are none.
+        images: All of them; those with labels; or half of each batch with labels and half without, where there are both.
+    """
+    every = np.arange(len(split))
+    if images == "all" or split.labels.dtype != np.uint8:
+        return (every,)
+    counted = (split.labels != IGNORE).reshape(len(split), -1).any(axis=1)
+    if not counted.any() or counted.all():
+        return (every,)
+    return (every[counted],) if images == "labelled" else (every[counted], every[~counted])
+
+
+def epoch_length(pools: Pools) -> int:
+    """Images of an epoch: it ends with the largest pool, and takes as many from the others."""
+    return len(pools) * max(len(pool) for pool in pools)
+
+
+def _order(pools: Pools, generator: torch.Generator) -> npt.NDArray[Any]:
+    """The indices of an epoch.
+
+    Pools take turns image by image, so that every part of a batch has its share of each; a smaller one begins anew, in another
+    order.
+    """
+    length, drawn = epoch_length(pools) // len(pools), []
+    for pool in pools:
+        rounds = [pool[torch.randperm(len(pool), generator=generator).numpy()] for _ in range(-(-length // len(pool)))]
+        drawn.append(np.concatenate(rounds)[:length])
+    return np.stack(drawn, axis=1).reshape(-1)
+
+
 def epoch_batches(
     split: Split,
     batch_size: int,
@@ -50,6 +88,7 @@ def epoch_batches(
     drop_last: bool,
     rank: int = 0,
     world_size: int = 1,
+    pools: Pools | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in random order, augmented.
 
@@ -66,6 +105,7 @@ def epoch_batches(
         drop_last: Leave out a last batch that is not full.
         rank: This process.
         world_size: How many processes there are.
+        pools: What is drawn from; None draws from all images.
 
     Yields:
         Images, float32 [B / world_size, C, H, W] in channels_last format, and labels: int64 [B / world_size], boxes, float32
@@ -79,7 +119,7 @@ def epoch_batches(
             f"batch_size {batch_size} cannot be shared evenly by {world_size} processes",
             hint=f"use a multiple, for instance {batch_size - batch_size % world_size or world_size}",
         )
-    order = torch.randperm(len(split), generator=generator).numpy()
+    order = _order(pools or draw_from(split, "all"), generator)
     height, width = split.images.shape[1:3]
     for start in range(0, len(order) - batch_size + 1 if drop_last else len(order), batch_size):
         batch = order[start : start + batch_size]

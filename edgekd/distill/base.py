@@ -22,6 +22,8 @@ class Distiller(nn.Module):
     """Roles of the student's tensors that ``losses`` reads."""
     teacher_taps: tuple[str, ...] = ()
     """Roles of the teacher's tensors that ``losses`` reads."""
+    half_labelled: bool = False
+    """Where the data has unlabelled images: every batch has as many of them as of labelled ones."""
 
     def prepare(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> None:
         """Run once before the first epoch: warm-ups, selections, prototypes. Does nothing by default.

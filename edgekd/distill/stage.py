@@ -58,6 +58,7 @@ def fit(
         teacher_taps=teacher.taps,
         task_weight=task_weight,
         prepare=partial(distiller.prepare, student.module, teacher.module, setting),
+        half_labelled=distiller.half_labelled,
     )
     if history and (found := distiller.statistics(student.module, teacher.module, setting)):
         history[-1]["statistics"] = found

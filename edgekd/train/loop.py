@@ -16,19 +16,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from edgekd.data.base import Dataset, Split
-from edgekd.data.batches import AnyAugment, epoch_batches, eval_batch_size, eval_batches
+from edgekd.data.batches import AnyAugment, Pools, draw_from, epoch_batches, epoch_length, eval_batch_size, eval_batches
 from edgekd.errors import ArtifactError, TrainingError
 from edgekd.nn.batch_norm import synchronize
 from edgekd.nn.taps import resolve
 from edgekd.tasks.base import Task
 from edgekd.train.optim import Average, TrainConfig, learning_rate, make_optimizer
-from edgekd.train.step import Objective, TrainState
+from edgekd.train.step import Objective, TaskOnly, TrainState
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -84,6 +84,7 @@ def train(
     teacher_taps: Mapping[str, str] | None = None,
     task_weight: float = 1.0,
     prepare: Callable[[], None] = ignore,
+    half_labelled: bool = False,
 ) -> list[dict[str, Any]]:
     """Train ``student`` in place.
 
@@ -98,6 +99,8 @@ def train(
         task_weight: Weight of the task loss.
         prepare: Called once before the first epoch, with everything placed on its device; not in a training that goes on, because
             the objective's state has what it did.
+        half_labelled: Draw half of each batch from the labelled images and half from the others, where there are both. Plain
+            training draws from the labelled ones alone, since it learns nothing from the others.
 
     Returns:
         One record per epoch: epoch, lr, terms, val, images_per_s, seconds.
@@ -106,10 +109,12 @@ def train(
         TrainingError: A term is not finite, or the training split is smaller than one batch.
     """
     fabric, data = setting.fabric, setting.dataset
-    steps_per_epoch = len(data.train.labels) // config.batch_size
+    images: Literal["all", "labelled", "half labelled"] = "half labelled" if half_labelled else "all"
+    pools = draw_from(data.train, "labelled" if isinstance(objective, TaskOnly) else images)
+    steps_per_epoch = epoch_length(pools) // config.batch_size
     if steps_per_epoch == 0:
         raise TrainingError(
-            f"the training split has {len(data.train.labels)} images, fewer than one batch of {config.batch_size}",
+            f"an epoch of the training split has {epoch_length(pools)} images, fewer than one batch of {config.batch_size}",
             hint="lower train.batch_size",
         )
     _place(student, fabric.device, torch.channels_last)
@@ -151,7 +156,7 @@ def train(
         )
         if average is not None:
             average.values = {name: value.to(fabric.device) for name, value in average.values.items()}
-        _epochs(state, student, config, setting, average, history, steps_per_epoch)
+        _epochs(state, student, config, setting, average, history, pools)
     if average is not None:
         student.load_state_dict(average.values)
     _place(student, torch.device("cpu"), torch.contiguous_format)
@@ -166,10 +171,11 @@ def _epochs(
     setting: Setting,
     average: Average | None,
     history: list[dict[str, Any]],
-    steps_per_epoch: int,
+    pools: Pools,
 ) -> None:
     """Run the epochs that are left, saving the state after each."""
     fabric, data = state.fabric, setting.dataset
+    steps_per_epoch = epoch_length(pools) // config.batch_size
     total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     with contextlib.ExitStack() as stack:
         board = _board(setting, len(history)) if fabric.is_global_zero else None
@@ -191,6 +197,7 @@ def _epochs(
                 drop_last=True,
                 rank=fabric.global_rank,
                 world_size=fabric.world_size,
+                pools=pools,
             )
             for number, (images, labels) in enumerate(batches):
                 state.step = epoch * steps_per_epoch + number

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from edgekd.data.augment import AugmentConfig
-from edgekd.data.base import Split
-from edgekd.data.batches import EVAL_PIXELS, epoch_batches, eval_batch_size, eval_batches, normalise
+from edgekd.data.augment_masks import MaskAugmentConfig
+from edgekd.data.base import IGNORE, Split
+from edgekd.data.batches import EVAL_PIXELS, draw_from, epoch_batches, epoch_length, eval_batch_size, eval_batches, normalise
 from edgekd.errors import RecipeError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -87,6 +88,49 @@ def test_an_uneven_share_is_refused(split):
     with pytest.raises(RecipeError, match="batch_size 12 cannot be shared evenly by 5 processes") as caught:
         epoch(split, world_size=5)
     assert "10" in caught.value.hint
+
+
+@pytest.fixture
+def masks():
+    """13 images of one number each, 5 of them with labels."""
+    images = np.arange(13, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    labels = np.zeros((13, 16, 16), np.uint8)
+    labels[5:] = IGNORE
+    labels[0, 1:] = IGNORE  # one row that counts is enough
+    return Split("train", images, labels)
+
+
+def numbers(batches):
+    """Of the images in each batch."""
+    return [(images[:, 0, 0, 0] * STD[0] + MEAN[0]).mul(255).round().int().tolist() for images, _ in batches]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_half_of_each_batch_has_labels(masks, world_size):
+    """Of each process's share, too. Every unlabelled image is seen once; the labelled ones begin anew, in another order."""
+    pools = draw_from(masks, "half labelled")
+    assert epoch_length(pools) == 16
+    shares = [
+        numbers(epoch(masks, 4, augment=MaskAugmentConfig(), pools=pools, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert all(sum(number < 5 for number in part) == 2 // world_size for share in shares for part in share)
+    found = [number for share in shares for part in share for number in part]
+    assert sorted(number for number in found if number >= 5) == list(range(5, 13))
+    counts = [found.count(number) for number in range(5)]
+    assert sum(counts) == 8
+    assert set(counts) == {1, 2}
+
+
+def test_what_is_drawn_from(masks, split):
+    assert [pool.tolist() for pool in draw_from(masks, "labelled")] == [list(range(5))]
+    assert [len(pool) for pool in draw_from(masks, "all")] == [13]
+    assert [len(pool) for pool in draw_from(split, "half labelled")] == [53], "classes are labels"
+    whole = Split("train", masks.images, np.zeros_like(masks.labels))
+    assert [len(pool) for pool in draw_from(whole, "half labelled")] == [13], "none is without labels"
+    few = numbers(epoch(masks, 2, augment=MaskAugmentConfig(), pools=draw_from(masks, "labelled")))
+    assert len(few) == 2
+    assert max(map(max, few)) < 5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])

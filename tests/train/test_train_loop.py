@@ -13,9 +13,12 @@ import toy
 from torch import nn
 
 from edgekd.data.augment import AugmentConfig
+from edgekd.data.augment_masks import MaskAugmentConfig
+from edgekd.data.base import IGNORE
 from edgekd.data.batches import eval_batches
 from edgekd.distill.logits import LogitsConfig
 from edgekd.errors import RecipeError, TrainingError
+from edgekd.tasks import Segmentation
 from edgekd.train import loop
 from edgekd.train.loop import STATE, epoch_seed, evaluate, train
 from edgekd.train.optim import TrainConfig
@@ -175,6 +178,29 @@ def test_fewer_images_than_one_batch(tmp_path):
     with pytest.raises(TrainingError, match="has 32 images, fewer than one batch of 33") as caught:
         run(tmp_path, training=config(batch_size=33))
     assert "batch_size" in caught.value.hint
+
+
+@pytest.mark.parametrize(("objective", "half", "expected"), [("task", False, 2), ("method", False, 6), ("method", True, 9)])
+def test_unlabelled_images_are_for_methods(tmp_path, objective, half, expected):
+    """18 of 24 images have no labels: an epoch of plain training has the other 6 alone."""
+    data = toy.scenes(train=24)
+    data.train.labels[6:] = IGNORE
+    steps = []
+    setting = toy.setting(
+        tmp_path,
+        data=data,
+        task=Segmentation(toy.CLASSES),
+        augment=MaskAugmentConfig(),
+        on_step=lambda done, total, images: steps.append((done, total, images)),
+    )
+    train(
+        student=nn.Conv2d(3, toy.CLASSES, 1),
+        objective=TaskOnly() if objective == "task" else Term(lambda _: torch.zeros(())),
+        config=config(epochs=1, batch_size=4 if half or objective == "method" else 3),
+        setting=setting,
+        half_labelled=half,
+    )
+    assert steps[-1] == (expected, expected, expected * (3 if objective == "task" else 4))
 
 
 def test_one_whole_batch_is_enough(tmp_path):
