@@ -2,7 +2,9 @@
 
 The protocol is the shipped recipe: its data, task, models and budget. The teacher is trained once, with seed 0. For every seed
 the student is trained alone and with the method, from the same initial weights, for as many epochs; values are those of the last
-epoch, on the test split. Methods whose recipes share task, data, student and budget share the students alone.
+epoch, on the test split. Where the recipe finetunes the student first, both go on from the finetuned one. Where its test split is
+of another set of images than train and val, the values are those across domains, and each row has the value on val too. Methods
+whose recipes share task, data, student and budget share the students alone.
 
     EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
 
@@ -52,10 +54,37 @@ def recipes() -> dict[str, Path]:
     """Method -> the shipped recipe that distils with it; the one of the method's own name where there are several."""
     found: dict[str, Path] = {}
     for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
-        stage = YAML(typ="safe").load(path)["stages"][0]
-        if stage["kind"] == "distill" and (stage["method"]["name"] not in found or path.stem == stage["method"]["name"]):
-            found[stage["method"]["name"]] = path
+        recipe = YAML(typ="safe").load(path)
+        if (stage := distilling(recipe)) is None:
+            continue
+        name = stage[-1]["method"]["name"]
+        if name not in found or path.stem == name:
+            found[name] = path
     return found
+
+
+def distilling(recipe: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The stages up to the one that distils, if there are but finetunings before it."""
+    for number, stage in enumerate(recipe["stages"]):
+        if stage["kind"] == "distill":
+            return list(recipe["stages"][: number + 1])
+        if stage["kind"] != "finetune":
+            break
+    return None
+
+
+def finetuned(stage: dict[str, Any]) -> dict[str, Any]:
+    """The stage without its method."""
+    return {"kind": "finetune", "train": stage["train"]}
+
+
+def described(data: dict[str, Any]) -> str:
+    """The data in a word: its folder, or two where it is tested on another set than it is trained on."""
+    splits = data.get("splits", {})
+    train, test = (splits.get(name, name).split("/")[0] for name in ("train", "test"))
+    if data.get("root") == "." and train != test:
+        return f"{train} → {test}"
+    return str(data.get("root", data["kind"]))
 
 
 def digest(*parts: Any) -> str:
@@ -65,7 +94,7 @@ def digest(*parts: Any) -> str:
 
 def protocol(recipe: dict[str, Any]) -> str:
     """What students alone share: task, data, student, budget."""
-    return digest(recipe["task"], recipe["data"], recipe["student"], recipe["stages"][0]["train"])
+    return digest(recipe["task"], recipe["data"], recipe["student"], *(stage["train"] for stage in distilling(recipe) or ()))
 
 
 def teacher(recipe: dict[str, Any], threads: int) -> Artifact:
@@ -84,14 +113,11 @@ def teacher(recipe: dict[str, Any], threads: int) -> Artifact:
 def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     """Both students of one seed: values on the test split, seconds of the fastest epoch."""
     master = teacher(recipe, threads) if "teacher" in recipe else None
-    content = {
-        "name": "method",
-        "seed": seed,
-        **{key: recipe[key] for key in ("task", "data", "student")},
-        "stages": recipe["stages"][:1],
-    }
+    stages = distilling(recipe)
+    assert stages is not None  # recipes() has looked
+    content = {"name": "method", "seed": seed, **{key: recipe[key] for key in ("task", "data", "student")}, "stages": stages}
     out = RUNS / f"students-{protocol(recipe)}-{seed}"
-    alone = {**content, "stages": [{"kind": "finetune", "train": recipe["stages"][0]["train"]}]}
+    alone = {**content, "stages": [finetuned(stage) for stage in stages]}
     if master is not None:
         content["teacher"] = {"model": {**recipe["teacher"]["model"], "weights": str(master.folder / "model.safetensors")}}
     students = {
@@ -117,6 +143,7 @@ def figures(artifact: Artifact) -> dict[str, Any]:
     return {
         "value": artifact.metrics["metric"]["value"],
         "seconds_per_epoch": min(record["seconds"] for record in history),
+        "val": history[-1]["val"],
         "parameters": artifact.metrics["params"],
         "terms": history[-1]["terms"],
         "statistics": history[-1].get("statistics"),
@@ -144,7 +171,7 @@ def restore(name: str, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def identity(recipe: dict[str, Any]) -> str:
     """Changes where what is measured does: not with the name or the engines."""
-    return digest(protocol(recipe), recipe.get("teacher"), recipe["stages"][0])
+    return digest(protocol(recipe), recipe.get("teacher"), (distilling(recipe) or [None])[-1])
 
 
 def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]]) -> None:
@@ -158,10 +185,10 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         "protocol": protocol(recipe),
         "recipe": {"path": str(path.relative_to(ROOT)), "id": identity(recipe)},
         "task": task,
-        "data": recipe["data"].get("root", recipe["data"]["kind"]),
+        "data": described(recipe["data"]),
         "student": recipe["student"]["model"],
         "teacher": recipe.get("teacher"),
-        "stage": recipe["stages"][0],
+        "stage": (distilling(recipe) or [None])[-1],
         "gain": interval(gains),
         "relative_step_time": statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows),
         "values": rows,
