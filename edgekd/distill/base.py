@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from edgekd.errors import RecipeError, nearest
+from edgekd.nn.critics import ATTENTION_SIDE_PX
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
@@ -90,3 +91,31 @@ def map_channels(
             hint="give both models the same roles with the models' taps",
         )
     return dict(list(found.items())[-last:]) if layers is None and last is not None else found
+
+
+def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool) -> int:
+    """The number of classes of models that answer with a score for every class at every place.
+
+    Args:
+        student: Its output must have the shape of the teacher's.
+        teacher: The other.
+        method: Its name, for messages.
+        critic: An AttentionCritic is to see them.
+
+    Raises:
+        RecipeError: The outputs are no score maps [B, K, H, W] of one shape, or too small for the critic.
+    """
+    ours, theirs = (tap_shapes(one.module, {"output": ""}, one.architecture.example())["output"] for one in (student, teacher))
+    if len(ours) != 4 or ours != theirs:
+        raise RecipeError(
+            f"{method} compares score maps [B, K, H, W] of one shape; the student's output is {list(ours)}, the teacher's "
+            f"{list(theirs)}",
+            hint="it is a method for the task segmentation",
+        )
+    if critic and min(ours[2:]) < ATTENTION_SIDE_PX:
+        raise RecipeError(
+            f"{method}: the critic needs score maps of at least {ATTENTION_SIDE_PX} x {ATTENTION_SIDE_PX}; the student's are "
+            f"{ours[2]} x {ours[3]}",
+            hint="raise data.size_px, or set the weight of the critic's term to 0",
+        )
+    return ours[1]

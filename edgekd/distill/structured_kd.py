@@ -37,12 +37,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgekd._config import Config
-from edgekd.distill.base import Distiller, map_channels
+from edgekd.distill.base import Distiller, map_channels, score_maps
 from edgekd.errors import RecipeError
 from edgekd.nn.adversary import Adversary
-from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, adversarial_loss, praise, with_image
+from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, adversarial_loss, score_map, with_image
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
-from edgekd.nn.relations import cosine_similarities, resized
+from edgekd.nn.relations import cosine_similarities
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.step import StepInputs, TrainState, finite, train_step
@@ -104,7 +104,7 @@ class StructuredKdConfig(Config):
         Raises:
             RecipeError: The outputs are no score maps of one size, the critic cannot read them, or the layers do not fit.
         """
-        classes, height, width = _score_maps(student, teacher)
+        classes = score_maps(student, teacher, method=self.name, critic=self.holistic_weight > 0)
         layers = tuple(map_channels(student, teacher, self.layers, method=self.name, last=1)) if self.pair_weight else ()
         for role, (rows, columns) in _sides(teacher, layers).items():
             down, across = node_sides(rows, columns, scale=self.node_scale, px=self.node_px)
@@ -113,12 +113,6 @@ class StructuredKdConfig(Config):
                     f"{self.name}: {nodes} regions of {role!r} are too many: all pairs are compared; at most {MOST_NODES}",
                     hint="raise node_px or node_scale, or choose a coarser map in layers",
                 )
-        if self.holistic_weight and min(height, width) < ATTENTION_SIDE_PX:
-            raise RecipeError(
-                f"{self.name}: the critic needs score maps of at least {ATTENTION_SIDE_PX} x {ATTENTION_SIDE_PX}; the student's "
-                f"are {height} x {width}",
-                hint="raise data.size_px, or set holistic_weight: 0",
-            )
         return StructuredKdDistiller(self, layers, classes, student.architecture.channels)
 
 
@@ -172,14 +166,6 @@ def pairwise(
     return F.mse_loss(similar(nodes(ours, sides, pool)), similar(nodes(theirs, sides, pool)))
 
 
-def score_map(logits_BKHW: Tensor, side_px: int | None) -> Tensor:
-    """The score map in float32 at least, averaged down until its shorter side has ``side_px``; the ratio of its sides stays."""
-    logits, (height, width) = _exact(logits_BKHW), logits_BKHW.shape[2:]
-    if side_px is None or min(height, width) <= side_px:
-        return logits
-    return resized(logits, [round(side * side_px / min(height, width)) for side in (height, width)])
-
-
 class StructuredKdDistiller(Distiller):
     """The terms ``pixel``, ``pair`` and ``holistic``; the critic's loss is reported as ``critic``.
 
@@ -202,7 +188,6 @@ class StructuredKdDistiller(Distiller):
                 else AttentionCritic(channels + classes, "none")
             )
             self.adversary = Adversary(critic, self._optimizer)
-        self._shown: list[tuple[Tensor, Tensor]] = []
 
     def losses(self, step: StepInputs) -> dict[str, Tensor]:
         """The student's terms; the critic is a constant in them."""
@@ -232,20 +217,15 @@ class StructuredKdDistiller(Distiller):
                 terms["pair"] = config.pair_weight * torch.stack(parts).mean()
             if self.adversary is not None:
                 ours, theirs = (self._seen(step.images, outputs.logits) for outputs in (step.student, step.teacher))
-                self._shown.append((ours.detach(), theirs.detach()))
-                with self.adversary.fixed():
-                    terms["holistic"] = config.holistic_weight * praise(self.adversary(ours))
+                terms["holistic"] = config.holistic_weight * self.adversary.judge(ours, theirs)
         return terms
 
     def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
         """A step of the student, then one of the critic on the maps that the student had before its step."""
-        self._shown.clear()
         terms = train_step(state, images, labels)
         if self.adversary is None:
             return terms
-        ours, theirs = (torch.cat(maps) for maps in zip(*self._shown, strict=True))
-        self._shown.clear()
-        config = self.config
+        config, (ours, theirs) = self.config, self.adversary.shown()
         loss = config.critic_weight * adversarial_loss(
             self.adversary, theirs, ours, kind=config.adversarial, penalty_weight=config.penalty_weight
         )
@@ -263,18 +243,6 @@ class StructuredKdDistiller(Distiller):
         if self.config.critic_optimizer == "adam":
             return torch.optim.Adam(owned, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
         return torch.optim.SGD(owned, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-
-
-def _score_maps(student: Loaded, teacher: Loaded) -> tuple[int, int, int]:
-    """Classes, rows and columns of both models' outputs."""
-    ours, theirs = (tap_shapes(one.module, {"output": ""}, one.architecture.example())["output"] for one in (student, teacher))
-    if len(ours) != 4 or ours != theirs:
-        raise RecipeError(
-            f"structured_kd compares score maps [B, K, H, W] of one shape; the student's output is {list(ours)}, the teacher's "
-            f"{list(theirs)}",
-            hint="it is a method for the task segmentation",
-        )
-    return ours[1], ours[2], ours[3]
 
 
 def _sides(teacher: Loaded, layers: tuple[str, ...]) -> dict[str, tuple[int, int]]:

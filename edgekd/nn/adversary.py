@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgekd.nn.critics import praise
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
@@ -28,6 +30,7 @@ class Adversary(nn.Module):
         self.critic = critic
         self.optimizer = optimizer(list(critic.parameters()))
         self.lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._shown: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the critic says."""
@@ -45,6 +48,23 @@ class Adversary(nn.Module):
         finally:
             for parameter in owned:
                 parameter.requires_grad_(True)
+
+    def judge(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The student's own term, :func:`praise`, in which the critic is a constant; both maps are kept for :meth:`shown`.
+
+        Args:
+            student: What the critic is to see of the student.
+            teacher: The same of the teacher.
+        """
+        self._shown.append((student.detach(), teacher.detach()))
+        with self.fixed():
+            return praise(self(student))
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's maps, detached, that were judged since the last call: what the critic learns from."""
+        student, teacher = (torch.cat(maps) for maps in zip(*self._shown, strict=True))
+        self._shown.clear()
+        return student, teacher
 
     def update(self, loss: Tensor, fabric: Fabric, *, rate: float = 1.0) -> None:
         """One step of the critic towards a smaller loss.

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgekd.nn.relations import resized
+
 EPSILON = 1e-12
 PATCH_SIDE_PX = 24
 """The shortest side that PatchCritic takes: its last norm needs 2 x 2 places."""
@@ -155,6 +157,17 @@ class PatchCritic(nn.Module):
         _check_sides(maps, PATCH_SIDE_PX, type(self).__name__)
         scores: Tensor = self.layers(maps)
         return scores
+
+
+def score_map(logits_BKHW: Tensor, side_px: int | None) -> Tensor:
+    """Logits in float32 at least, averaged down until the shorter side has ``side_px``; None leaves them as they are.
+
+    The ratio of the sides stays. A critic of full-resolution logits costs more than the student that it teaches.
+    """
+    logits, (height, width) = logits_BKHW.to(torch.promote_types(logits_BKHW.dtype, torch.float32)), logits_BKHW.shape[2:]
+    if side_px is None or min(height, width) <= side_px:
+        return logits
+    return resized(logits, [round(side * side_px / min(height, width)) for side in (height, width)])
 
 
 def with_image(images_BCHW: Tensor, maps_BKHW: Tensor) -> Tensor:

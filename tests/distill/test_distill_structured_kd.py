@@ -8,7 +8,7 @@ import torch
 import toy
 from torch import nn
 
-from edgekd.distill.structured_kd import StructuredKdConfig, node_sides, nodes, pairwise, score_map
+from edgekd.distill.structured_kd import StructuredKdConfig, node_sides, nodes, pairwise
 from edgekd.errors import RecipeError, TrainingError
 from edgekd.nn.critics import AttentionCritic, gradient_penalty
 from edgekd.nn.taps import capture
@@ -203,16 +203,6 @@ def test_a_conditional_critic_sees_the_image_and_probabilities():
     distiller.losses(step)
     assert torch.equal(seen[0][:, :3], step.images)
     torch.testing.assert_close(seen[0][:, 3:], step.student.logits.softmax(1))
-
-
-@pytest.mark.parametrize(
-    ("shape", "side", "expected"), [((176, 240), 64, (64, 87)), ((64, 80), 64, (64, 80)), ((90, 70), None, (90, 70))]
-)
-def test_score_maps(shape, side, expected):
-    logits = drawn(1, 2, *shape)
-    found = score_map(logits, side)
-    assert found.shape[2:] == expected
-    torch.testing.assert_close(found.mean((2, 3)), logits.mean((2, 3)), rtol=0.1, atol=0.02)
 
 
 # Steps

@@ -57,6 +57,24 @@ def test_fixed_gives_the_critic_no_gradient():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in opponent.parameters())
 
 
+def test_what_was_judged_is_what_the_critic_learns_from():
+    """Two parts of a batch; then nothing is left of them."""
+    opponent = adversary()
+    ours = [torch.randn(count, toy.CLASSES, requires_grad=True) for count in (2, 3)]
+    theirs = [torch.randn(count, toy.CLASSES) for count in (2, 3)]
+    terms = [opponent.judge(one, other) for one, other in zip(ours, theirs, strict=True)]
+    assert terms[1].item() == pytest.approx(-opponent(ours[1]).mean().item())
+    sum(terms).backward()
+    assert all(one.grad.abs().sum() > 0 for one in ours)
+    assert all(parameter.grad is None for parameter in opponent.parameters())
+    student, teacher = opponent.shown()
+    assert torch.equal(student, torch.cat(ours))
+    assert torch.equal(teacher, torch.cat(theirs))
+    assert not student.requires_grad
+    opponent.judge(ours[0], theirs[0])
+    assert len(opponent.shown()[0]) == 2
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.25])
 def test_the_rate_scales_the_step(rate):
     opponent = Adversary(nn.Linear(2, 1), lambda owned: torch.optim.SGD(owned, lr=0.5))

@@ -15,6 +15,7 @@ from edgekd.nn.critics import (
     gradient_penalty,
     hinge_loss,
     praise,
+    score_map,
     wasserstein_loss,
     with_image,
 )
@@ -187,3 +188,13 @@ def test_the_image_comes_first_at_the_size_of_the_maps():
     joined = with_image(images, maps)
     assert joined[0, 0].tolist() == [[0, 3], [12, 15]], "corners on corners"
     assert torch.equal(joined[:, 1:], maps)
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "expected"), [((176, 240), 64, (64, 87)), ((64, 80), 64, (64, 80)), ((90, 70), None, (90, 70))]
+)
+def test_score_maps(shape, side, expected):
+    logits = drawn(1, 2, *shape)
+    found = score_map(logits, side)
+    assert found.shape[2:] == expected
+    torch.testing.assert_close(found.mean((2, 3)), logits.mean((2, 3)), rtol=0.1, atol=0.02)
