@@ -8,6 +8,7 @@ from edgekd._config import Config
 from edgekd.distill.afd import AfdConfig
 from edgekd.distill.generalizable_msan import GeneralizableMsanConfig
 from edgekd.distill.hcl import HclConfig
+from edgekd.distill.kd_scfnet import KdScfnetConfig
 from edgekd.distill.logits import LogitsConfig
 from edgekd.distill.ost import OstConfig
 from edgekd.distill.raw_output import RawOutputConfig
@@ -23,6 +24,7 @@ METHODS: tuple[type[Config], ...] = (
     HclConfig,
     StructuredKdConfig,
     GeneralizableMsanConfig,
+    KdScfnetConfig,
 )
 
 MethodConfig = Annotated[
@@ -33,7 +35,8 @@ MethodConfig = Annotated[
     | ScrmConfig
     | HclConfig
     | StructuredKdConfig
-    | GeneralizableMsanConfig,
+    | GeneralizableMsanConfig
+    | KdScfnetConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""

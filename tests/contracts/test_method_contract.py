@@ -24,7 +24,7 @@ from edgekd.data.base import Dataset
 from edgekd.distill import METHODS
 from edgekd.errors import RecipeError
 from edgekd.models import ModelConfig
-from edgekd.tasks import Classification, Segmentation
+from edgekd.tasks import Classification, Saliency, Segmentation
 from edgekd.tasks.base import Task
 from edgekd.train.checkpoint import Architecture, Loaded
 from edgekd.train.hardware import ComputeConfig
@@ -50,16 +50,22 @@ def unet(width):
     return ModelConfig(name="unet", arguments={"width": width})
 
 
+def scfnet(width, channels):
+    return ModelConfig(name="scfnet", arguments={"backbone": "resnet18", "width": width, "channels": channels})
+
+
 CLASSES = Pairing(
     ModelConfig(name="resnet8"), ModelConfig(name="wrn_16_2"), Classification(), lambda: toy.dataset(train=32, size_px=16)
 )
 MASKS = Pairing(unet(4), unet(8), Segmentation(toy.CLASSES), toy.scenes)
 CRITICIZED = dataclasses.replace(MASKS, data=lambda: toy.scenes(size_px=64))  # the smallest that AttentionCritic reads
+SALIENT = Pairing(scfnet(0.125, 4), scfnet(0.25, 8), Saliency(), lambda: toy.scenes(classes=2))
 PAIRINGS: dict[str, Pairing] = {
     "structured_kd": CRITICIZED,
     "generalizable_msan": dataclasses.replace(
         MASKS, arguments={"length": 16, "views": 2, "autoencoder_width": 4, "autoencoder_epochs": 1, "alignment_epochs": 1}
     ),
+    "kd_scfnet": SALIENT,
 }
 """Method -> what it is tried on, where that is not two classifiers."""
 
