@@ -146,7 +146,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, f
         with _no_sync(state, number < len(parts)):
             inputs = forward(state, part_images, part_labels)
             with state.fabric.autocast():
-                terms = {"task": state.task_weight * state.task.loss(inputs.student.logits, part_labels, state.progress)}
+                terms = {"task": _task_loss(state, inputs)}
                 terms.update(state.objective.losses(inputs))
             share = len(part_images) / len(images)
             for name, value in finite(terms, state).items():
@@ -157,6 +157,13 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, f
         state.fabric.clip_gradients(state.student, state.optimizer, max_norm=state.clip_norm, error_if_nonfinite=False)
     state.optimizer.step()
     return sums
+
+
+def _task_loss(state: TrainState, inputs: StepInputs) -> Tensor:
+    """The task's term; with weight 0 it is not computed: losses of whole maps cost as much as a small student."""
+    if not state.task_weight:
+        return (0 * inputs.student.logits).sum()
+    return state.task_weight * state.task.loss(inputs.student.logits, inputs.labels, state.progress)
 
 
 def finite(terms: Mapping[str, Tensor], state: TrainState) -> dict[str, float]:

@@ -47,6 +47,23 @@ def batch(count=6):
     return torch.randn(count, 3, 8, 8), torch.arange(count) % toy.CLASSES
 
 
+def test_the_task_is_told_how_far_the_training_is():
+    told = []
+
+    class Scheduled(Classification):
+        def loss(self, logits, labels, progress=1.0):
+            told.append(progress)
+            return super().loss(logits, labels, progress)
+
+    state = make(objective=Recorder({"own": 1.0}), step=7, total_steps=10)
+    state.task = Scheduled()
+    train_step(state, *batch())
+    assert told == [0.7]
+    state.task_weight = 0.0
+    assert train_step(state, *batch())["task"] == 0
+    assert told == [0.7], "what has no weight is not computed"
+
+
 def test_terms_see_the_batch_both_outputs_and_their_taps():
     teacher = toy.net(2).eval()
     objective = Recorder({"own": 1.0})
