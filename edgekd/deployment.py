@@ -34,6 +34,8 @@ from edgekd.targets.local import Local
 from edgekd.tasks.base import Task
 
 EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxslim")
+JUDGING = {"boundary_px"}
+"""What of a task changes the metrics of an engine and nothing else."""
 BENCH_IMAGES = 64
 QUANTIZED = ("quantize", "ptq")
 """The stages whose checkpoint is a quantized one."""
@@ -229,9 +231,11 @@ class Deployment:
         measure, role = self.recipe.measure, cell["role"]
         config: dict[str, Any] = {"batch": entry.batch, "warmup_s": measure.warmup_s, "duration_s": measure.duration_s}
         allowed = self.recipe.export.model_dump(mode="json", include={"parity_images", "max_error", "max_changed"})
+        task = self.recipe.task.model_dump(mode="json", include=JUDGING, exclude_none=True)
         inputs = {
             "kind": "bench",
             "engine": engine.id,
+            **({"task": task} if task else {}),
             "config": config,
             "parity": allowed,
             "host": self.host,

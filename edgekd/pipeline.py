@@ -59,7 +59,7 @@ STAGES: dict[type, Any] = {
 TRAINING_LIBRARIES = ("torch", "lightning-fabric", "torch-pruning")
 SMOKE_COUNTS = {"train": 2 * SMOKE_BATCH, "val": SMOKE_BATCH, "test": SMOKE_BATCH, "calib": SMOKE_BATCH}
 # What of a task matters to engines alone.
-DEPLOYED = {"confidence", "nms"}
+DEPLOYED = {"confidence", "nms", "boundary_px"}
 
 
 @dataclass(frozen=True)

@@ -73,4 +73,4 @@ def _segmentation(config: SegmentationConfig, data: Dataset) -> Segmentation:
         weights = tuple(config.class_weights)
         if len(weights) != data.num_classes:
             raise DataError(f"task.class_weights has {len(weights)} numbers, and the data {data.num_classes} classes")
-    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight)
+    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight, config.boundary_px)

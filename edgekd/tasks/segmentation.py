@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.data.base import IGNORE
+from edgekd.tasks import boundaries
 from edgekd.tasks.base import checked_output
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class SegmentationConfig(Config):
     """Share of the pixels of a batch that count, those with the largest cross-entropy (online hard example mining)."""
     dice_weight: float = Field(0.0, ge=0)
     """Weight of the soft Dice loss beside the cross-entropy."""
+    boundary_px: int | None = Field(None, ge=1, le=256)
+    """Tolerance of the boundaries' F-measure, pixels; null: 0.75 % of the image's diagonal, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Segmentation:
     class_weights: tuple[float, ...] | None = None
     hard_pixels: float = 1.0
     dice_weight: float = 0.0
+    boundary_px: int | None = None
 
     kind: ClassVar[str] = "segmentation"
     metric_name: ClassVar[str] = "mIoU"
@@ -94,14 +98,16 @@ class Segmentation:
         return self.details(outputs, labels)[self.metric_name]
 
     def details(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> dict[str, float]:
-        """mIoU; the Dice coefficient, averaged over the same classes; and the share of pixels that are right."""
+        """mIoU; Dice, averaged over the same classes; the share of right pixels; the F-measure of outlines."""
         logits = checked_output(outputs, self.output_names[0], (len(labels), self.classes, *labels.shape[1:]))
         counts = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        scores, radius_px = [], self.boundary_px or boundaries.tolerance_px(*labels.shape[1:])
         for start in range(0, len(labels), IMAGES):
             here = slice(start, start + IMAGES)
-            given = torch.from_numpy(logits[here].argmax(axis=1))
-            counts += confusion(given, torch.from_numpy(np.array(labels[here])), self.classes)
-        return figures(counts)
+            given, true = torch.from_numpy(logits[here].argmax(axis=1)), torch.from_numpy(np.array(labels[here]))
+            counts += confusion(given, true, self.classes)
+            scores.append(boundaries.boundary_scores(given, true, self.classes, radius_px))
+        return {**figures(counts), "boundary F": boundaries.boundary_f(torch.cat(scores))}
 
     def changed(self, expected: npt.NDArray[Any], received: npt.NDArray[Any]) -> float:
         """The share of pixels, [N, K, H, W] each, whose class differs."""

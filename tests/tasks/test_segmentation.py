@@ -84,6 +84,7 @@ def test_figures_by_hand():
     assert found["mIoU"] == pytest.approx((3 / 4 + 2 / 3) / 2)
     assert found["Dice"] == pytest.approx((6 / 7 + 4 / 5) / 2)
     assert found["pixel accuracy"] == pytest.approx(5 / 6)
+    assert found["boundary F"] == pytest.approx(1.0), "one pixel aside"
     metric = task.new_metric()
     metric.update(torch.from_numpy(logits), torch.from_numpy(labels))
     assert metric.compute().item() == pytest.approx(found["mIoU"]), "while training as afterwards"
@@ -95,6 +96,14 @@ def test_many_images_are_counted_together():
     for start in range(0, 40, 7):
         metric.update(logits[start : start + 7], labels[start : start + 7])
     assert metric.compute().item() == pytest.approx(task.evaluate({"logits": logits.numpy()}, labels.numpy()))
+
+
+def test_the_tolerance_of_boundaries_can_be_given():
+    labels = np.zeros((1, 8, 16), np.uint8)
+    labels[..., 6:] = 1
+    logits = np.eye(K, dtype=np.float32)[np.roll(labels, 3, axis=2)].transpose(0, 3, 1, 2)
+    scores = [Segmentation(K, boundary_px=px).details({"logits": logits}, labels)["boundary F"] for px in (None, 2, 3)]
+    assert 0 == scores[0] < scores[1] < scores[2]
 
 
 def test_balanced_weights_by_hand():
