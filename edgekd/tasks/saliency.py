@@ -90,8 +90,8 @@ class Saliency:
             DataError: There is no such output, it has another shape, or it is not finite.
         """
         logits = checked_output(outputs, self.output_names[0], (len(labels), 1, *labels.shape[1:]))
-        found = measures.f_curves(logits[:, 0], labels)
-        return float(found.mean(0).max()) if len(found) else 0.0
+        found = measures.precision_and_recall(logits[:, 0], labels)
+        return measures.largest_f(*found.mean(0)) if len(found) else 0.0
 
     def details(self, outputs: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> dict[str, float]:
         """The largest F-measure, the weighted F-measure, S-measure, E-measure, and the mean absolute error."""

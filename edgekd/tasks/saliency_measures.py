@@ -1,8 +1,12 @@
-"""How good a map of saliency is: the five figures of the field, each the mean over images (NumPy and SciPy).
+"""How good a map of saliency is: the five figures of the field (NumPy and SciPy).
+
+All are means over images; of the largest F-measure, precision and recall are (Borji, Cheng, Jiang, Li: Salient Object Detection:
+A Benchmark. TIP 2015), and E-measure is that of the map cut at twice its mean: both as KD-SCFNet's authors take them.
 
 Maps are the sigmoids of logits, at the sides that the model has; nothing is stretched to 0..1. Pixels that do not count are left
 out of what is counted pixel by pixel, and are background where the shape matters (weighted F, S); images without any are left
-out. Of an image in which nothing stands out, F and weighted F are 0, S is 1 - the mean of the map, E the mean of what stays dark.
+out. Of an image in which nothing stands out, recall, precision and weighted F are 0, S is 1 - the mean of the map, E the share of
+what stays dark.
 
 Shape letters: N images, H rows, W columns, T = 256 thresholds, P pixels that count.
 """
@@ -26,19 +30,29 @@ GAUSS = np.exp(-(np.arange(-3, 4) ** 2) / (2 * 5.0**2))
 """Of the weighted F-measure: 7 pixels, deviation 5."""
 
 
-def f_curves(logits_NHW: Array, labels_NHW: Array) -> Array:
-    """The F-measure of every image with pixels that count, at every threshold: float64 [n, T].
+def precision_and_recall(logits_NHW: Array, labels_NHW: Array) -> Array:
+    """Of every image with pixels that count, at the thresholds 0, 1/255 ... 1: float64 [n, 2, T].
 
     Args:
         logits_NHW: Before sigmoid.
         labels_NHW: uint8, 1 salient, 0 not; 255 does not count.
     """
-    found = [f_curve(shares[counted], truth[counted]) for shares, truth, counted in _images(logits_NHW, labels_NHW)]
-    return np.array(found).reshape(-1, THRESHOLDS)
+    found = []
+    for shares, truth, counted in _images(logits_NHW, labels_NHW):
+        levels, true = np.rint(shares[counted] * (THRESHOLDS - 1)).astype(np.int64), truth[counted]
+        reached, right = (np.bincount(some, minlength=THRESHOLDS)[::-1].cumsum()[::-1] for some in (levels, levels[true]))
+        found.append((right / np.maximum(reached, 1), right / max(1, int(true.sum()))))
+    return np.array(found).reshape(-1, 2, THRESHOLDS)
+
+
+def largest_f(precision_T: Array, recall_T: Array) -> float:
+    """The largest 1.3 P R / (0.3 P + R), of precision and recall that are averaged over images: 0..1."""
+    below = BETA_SQUARED * precision_T + recall_T
+    return float(((1 + BETA_SQUARED) * precision_T * recall_T / np.where(below > 0, below, 1)).max())
 
 
 def others(logits_NHW: Array, labels_NHW: Array) -> dict[str, float]:
-    """Weighted F, S-measure, E-measure and mean absolute error; arguments as for :func:`f_curves`."""
+    """Weighted F, S-measure, E-measure and mean absolute error; arguments as for :func:`precision_and_recall`."""
     rows = []
     for shares, truth, counted in _images(logits_NHW, labels_NHW):
         seen, true = shares[counted], truth[counted]
@@ -56,41 +70,18 @@ def _images(logits_NHW: Array, labels_NHW: Array) -> Iterator[tuple[Array, Array
             yield 0.5 + 0.5 * np.tanh(logits.astype(np.float64) / 2), labels == 1, counted
 
 
-def _tallies(shares_P: Array, truth_P: Array) -> tuple[Array, Array]:
-    """How many pixels reach each of 256 levels, T, and how many of those stand out."""
-    levels = np.rint(shares_P * (THRESHOLDS - 1)).astype(np.int64)
-    reached = np.bincount(levels, minlength=THRESHOLDS)[::-1].cumsum()[::-1]
-    right = np.bincount(levels[truth_P], minlength=THRESHOLDS)[::-1].cumsum()[::-1]
-    return reached, right
-
-
-def f_curve(shares_P: Array, truth_P: Array) -> Array:
-    """1.3 precision recall / (0.3 precision + recall) at thresholds 0, 1/255 ... 1: float64 [T]."""
-    reached, right = _tallies(shares_P, truth_P)
-    precision, recall = right / np.maximum(reached, 1), right / max(1, int(truth_P.sum()))
-    below = BETA_SQUARED * precision + recall
-    return (1 + BETA_SQUARED) * precision * recall / np.where(below > 0, below, 1)
-
-
 def e_measure(shares_P: Array, truth_P: Array) -> float:
-    """The mean over thresholds of the enhanced alignment of the cut map and the truth.
+    """The enhanced alignment of the truth and of the map, cut at twice its mean.
 
-    Fan et al.: Enhanced-alignment Measure for Binary Foreground Map Evaluation. IJCAI 2018, arXiv 1805.10421. A pixel has one
-    of four values (on or off in either), so their numbers are enough.
+    Fan et al.: Enhanced-alignment Measure for Binary Foreground Map Evaluation. IJCAI 2018, arXiv 1805.10421.
     """
-    reached, right = _tallies(shares_P, truth_P)
-    pixels, true = len(truth_P), int(truth_P.sum())
-    if true in (0, pixels):
-        total = reached if true else pixels - reached
+    cut = shares_P >= min(1.0, 2 * shares_P.mean())
+    if truth_P.all() or not truth_P.any():
+        enhanced = (cut == truth_P).astype(np.float64)
     else:
-        cut, mean = reached / pixels, true / pixels
-        numbers = {(1, 1): right, (1, 0): reached - right, (0, 1): true - right, (0, 0): pixels - reached - true + right}
-        total = np.zeros(THRESHOLDS)
-        for (on, stands_out), number in numbers.items():
-            ours, theirs = on - cut, stands_out - mean
-            aligned = 2 * ours * theirs / (ours**2 + theirs**2 + EPSILON)
-            total += number * (aligned + 1) ** 2 / 4
-    return float((total / (pixels - 1 + EPSILON)).mean())
+        ours, theirs = cut - cut.mean(), truth_P - truth_P.mean()
+        enhanced = (2 * ours * theirs / (ours**2 + theirs**2 + EPSILON) + 1) ** 2 / 4
+    return float(enhanced.sum() / (len(truth_P) - 1 + EPSILON))
 
 
 def s_measure(shares_HW: Array, truth_HW: Array) -> float:

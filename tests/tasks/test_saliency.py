@@ -80,33 +80,35 @@ def test_it_learns():
 # -- figures, by loops
 
 
-def slow_f(shares, truth):
-    """Per threshold, pixel by pixel."""
+def slow_f(maps, truths):
+    """The largest of 256 thresholds, pixel by pixel."""
     found = []
     for level in range(256):
-        right = given = 0
-        for share, true in zip(shares.flat, truth.flat, strict=True):
-            if round(255 * share) >= level:
-                given, right = given + 1, right + int(true)
-        precision, recall = right / given if given else 0.0, right / truth.sum() if truth.any() else 0.0
-        found.append(1.3 * precision * recall / (0.3 * precision + recall) if right else 0.0)
-    return np.array(found)
+        precision, recall = [], []
+        for shares, truth in zip(maps, truths, strict=True):
+            right = given = 0
+            for share, true in zip(shares.flat, truth.flat, strict=True):
+                if round(255 * share) >= level:
+                    given, right = given + 1, right + int(true)
+            precision.append(right / given if given else 0.0)
+            recall.append(right / truth.sum() if truth.any() else 0.0)
+        p, r = sum(precision) / len(precision), sum(recall) / len(recall)
+        found.append(1.3 * p * r / (0.3 * p + r) if p and r else 0.0)
+    return max(found)
 
 
 def slow_e(shares, truth):
-    found = []
-    for level in range(256):
-        cut = (np.rint(255 * shares) >= level).astype(float)
-        if not truth.any():
-            total = (1 - cut).sum()
-        elif truth.all():
-            total = cut.sum()
+    threshold = min(1, 2 * sum(shares.flat) / shares.size)
+    cut = [float(share >= threshold) for share in shares.flat]
+    true = [float(value) for value in truth.flat]
+    mean, other, total = sum(cut) / len(cut), sum(true) / len(true), 0.0
+    for ours, theirs in zip(cut, true, strict=True):
+        if other in (0, 1):
+            total += float(ours == theirs)
         else:
-            total = 0.0
-            for ours, theirs in zip((cut - cut.mean()).flat, (truth - truth.mean()).flat, strict=True):
-                total += (2 * ours * theirs / (ours**2 + theirs**2 + 2.2e-16) + 1) ** 2 / 4
-        found.append(total / (truth.size - 1))
-    return np.mean(found)
+            a, b = ours - mean, theirs - other
+            total += (2 * a * b / (a**2 + b**2) + 1) ** 2 / 4
+    return total / (len(cut) - 1)
 
 
 def slow_s(shares, truth):
@@ -178,7 +180,7 @@ def test_figures_agree_with_loops():
     shares, truth = logits[:, 0].double().sigmoid().numpy(), labels.numpy() == 1
     found = Saliency().details({"logits": logits[:, :1].numpy()}, labels.numpy())
     pairs = list(zip(shares, truth, strict=True))
-    assert found["max F"] == pytest.approx(np.mean([slow_f(*pair) for pair in pairs], axis=0).max())
+    assert found["max F"] == pytest.approx(slow_f(shares, truth))
     assert found["E-measure"] == pytest.approx(np.mean([slow_e(*pair) for pair in pairs]))
     assert found["S-measure"] == pytest.approx(np.mean([slow_s(*pair) for pair in pairs]))
     assert found["weighted F"] == pytest.approx(np.mean([slow_weighted_f(*pair) for pair in pairs]))
@@ -196,11 +198,12 @@ def test_f_by_hand():
     """Two of four pixels stand out; one of them is found with certainty, one wrong pixel at one half."""
     logits = np.array([[[[40.0, -40.0, 0.1, -40.0]]]])
     labels = np.array([[[1, 1, 0, 0]]], np.uint8)
-    found = saliency_measures.f_curves(logits[:, 0], labels)
-    assert found.shape == (1, 256)
-    assert found[0, 200] == pytest.approx(1.3 * 1 * 0.5 / (0.3 + 0.5))
-    assert found[0, 100] == pytest.approx(1.3 * 0.5 * 0.5 / (0.3 * 0.5 + 0.5))
-    assert Saliency().evaluate({"logits": logits}, labels) == pytest.approx(found.max())
+    ((precision, recall),) = saliency_measures.precision_and_recall(logits[:, 0], labels)
+    assert precision.shape == recall.shape == (256,)
+    assert (precision[200], recall[200]) == (1, 0.5)
+    assert (precision[100], recall[100]) == (0.5, 0.5)
+    assert (precision[0], recall[0]) == (0.5, 1)
+    assert Saliency().evaluate({"logits": logits}, labels) == pytest.approx(1.3 * 0.5 / (0.3 + 0.5))
 
 
 def test_images_in_which_nothing_or_all_stands_out():
@@ -211,7 +214,7 @@ def test_images_in_which_nothing_or_all_stands_out():
     assert saliency_measures.weighted_f(shares, nothing) == 0
     for truth in (nothing, all_):
         assert saliency_measures.e_measure(shares.ravel(), truth.ravel()) == pytest.approx(slow_e(shares, truth))
-        assert saliency_measures.f_curve(shares.ravel(), truth.ravel()) == pytest.approx(slow_f(shares, truth))
+    assert Saliency().evaluate({"logits": np.zeros((1, 1, 4, 4))}, nothing[None].astype(np.uint8)) == 0
     corner = np.zeros((4, 4), bool)
     corner[3, 3] = True
     assert 0 < saliency_measures.s_measure(shares, corner) < 1, "parts without a pixel weigh nothing"
