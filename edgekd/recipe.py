@@ -462,11 +462,6 @@ def smoke(recipe: Recipe) -> Recipe:
     teacher = recipe.teacher
     if teacher is not None:
         teacher = teacher.model_copy(update={"train": shorter(teacher.train)})
-    data = recipe.data
-    if "limit_per_class" in type(data).model_fields:
-        data = data.model_copy(update={"limit_per_class": SMOKE_BATCH})
-    if "limit" in type(data).model_fields:
-        data = data.model_copy(update={"limit": 2 * SMOKE_BATCH})
     measure = MeasureConfig(warmup_s=0.02, duration_s=0.1, compare_s=0.2)
     loose = {"max_changed": 1.0}
     few_bits = any(isinstance(stage, QuantizeConfig) and isinstance(stage.quantizer, HybridConfig) for stage in stages)
@@ -474,7 +469,7 @@ def smoke(recipe: Recipe) -> Recipe:
         # every layer of a deep network that has learnt nothing makes one step of few bits larger
         loose["max_error"] = SMOKE_ERROR
     update = {
-        "data": data,
+        "data": _few_images(recipe.data),
         "teacher": teacher,
         "stages": stages,
         "measure": measure,
@@ -482,6 +477,18 @@ def smoke(recipe: Recipe) -> Recipe:
         "export": recipe.export.model_copy(update=loose),
     }
     return recipe.model_copy(update=update)
+
+
+def _few_images(data: Any) -> Any:
+    """A recipe's data section with a limit, where its kind has one; a good part of the few images keeps its labels."""
+    update: dict[str, Any] = {}
+    if "limit_per_class" in type(data).model_fields:
+        update["limit_per_class"] = SMOKE_BATCH
+    if "limit" in type(data).model_fields:
+        update["limit"] = 2 * SMOKE_BATCH
+    if isinstance(data, MasksConfig):
+        update["labelled"] = max(0.75, data.labelled)
+    return data.model_copy(update=update)
 
 
 EXAMPLE_PX = 64

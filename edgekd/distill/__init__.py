@@ -7,6 +7,7 @@ from pydantic import Field
 from edgekd._config import Config
 from edgekd.distill.afd import AfdConfig
 from edgekd.distill.generalizable_msan import GeneralizableMsanConfig
+from edgekd.distill.graph_flow import GraphFlowConfig
 from edgekd.distill.hcl import HclConfig
 from edgekd.distill.kd_scfnet import KdScfnetConfig
 from edgekd.distill.logits import LogitsConfig
@@ -25,6 +26,7 @@ METHODS: tuple[type[Config], ...] = (
     StructuredKdConfig,
     GeneralizableMsanConfig,
     KdScfnetConfig,
+    GraphFlowConfig,
 )
 
 MethodConfig = Annotated[
@@ -36,7 +38,8 @@ MethodConfig = Annotated[
     | HclConfig
     | StructuredKdConfig
     | GeneralizableMsanConfig
-    | KdScfnetConfig,
+    | KdScfnetConfig
+    | GraphFlowConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""
