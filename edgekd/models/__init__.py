@@ -13,12 +13,24 @@ from typing import Any
 from torch import nn
 
 from edgekd.errors import RecipeError, nearest
-from edgekd.models import mobilenet_v2, resnet_cifar, scfnet, shufflenet_v2, superyolo, unet, user, vgg, wide_resnet, zoo
+from edgekd.models import (
+    mobilenet_v2,
+    resnet_cifar,
+    scfnet,
+    shufflenet_v2,
+    slim_unet,
+    superyolo,
+    unet,
+    user,
+    vgg,
+    wide_resnet,
+    zoo,
+)
 from edgekd.models.config import CALLABLE, ModelConfig
 from edgekd.models.weights import load_weights
 from edgekd.nn.taps import check_paths
 
-__all__ = ["MODELS", "Entry", "ModelConfig", "build", "fixed_channels", "load_weights", "names", "taps"]
+__all__ = ["MODELS", "Entry", "ModelConfig", "at_width", "build", "fixed_channels", "load_weights", "names", "taps", "widths"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ MODELS: dict[str, Entry] = {
     "superyolo": Entry(superyolo.superyolo, superyolo.TAPS),
     "superyolo_small": Entry(superyolo.superyolo_small, superyolo.SMALL_TAPS),
     "unet": Entry(unet.unet, unet.TAPS),
+    "slim_unet": Entry(slim_unet.slim_unet, unet.TAPS),
     "scfnet": Entry(scfnet.scfnet, scfnet.TAPS),
 }
 
@@ -120,6 +133,25 @@ def taps(config: ModelConfig, model: nn.Module) -> dict[str, str]:
     found.update(config.taps)
     check_paths(model, found)
     return found
+
+
+def widths(config: ModelConfig) -> tuple[float, ...]:
+    """The widths at which a slimmable model runs, the widest first; none for any other model.
+
+    Raises:
+        RecipeError: The widths that its arguments give cannot be.
+    """
+    if config.name != "slim_unet":
+        return ()
+    try:
+        return slim_unet.widths(config.arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model {config.name!r} cannot be built with arguments {config.arguments}: {error}") from error
+
+
+def at_width(config: ModelConfig, width: float) -> ModelConfig:
+    """The ordinary model that a slimmable one is at a width; its weights are edgekd.nn.slimmable.plain_state."""
+    return ModelConfig(name="unet", arguments=slim_unet.at_width(config.arguments, width), taps=config.taps)
 
 
 def fixed_channels(model: nn.Module) -> list[nn.Module]:
