@@ -21,6 +21,7 @@ import numpy as np
 from edgekd import __version__, engine_parity
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
 from edgekd.data.base import Dataset
+from edgekd.data.windows import windowed
 from edgekd.display import Display
 from edgekd.engines import audit, encoding_for, opsets, options_dict
 from edgekd.engines import backend as find_backend
@@ -57,7 +58,10 @@ class Deployment:
         save: Callable[[], None],
         order: int,
     ) -> None:
-        self.recipe, self.store, self.dataset, self.task = recipe, store, dataset, task
+        self.recipe, self.store, self.task = recipe, store, task
+        self.whole = dataset
+        self.dataset = dataset if task.windows is None else windowed(dataset, task.windows)
+        """What engines see."""
         self.record, self.display, self.save, self.order = record, display, save, order
         self.target = Local()
         # What a measurement depends on: on another machine, or with another GPU, it is made again.
@@ -246,11 +250,11 @@ class Deployment:
             self.display.say(f"measuring {engine.config['backend']['name']} {engine.config['precision']} ({role})")
             outputs = self._predict(engine, images["predict"])
             hop = self._parity(onnx, engine, outputs, cell)
-            found = self.task.details(outputs, self.dataset.test.labels)
+            found = self.task.details(self._stitched(outputs), self.whole.test.labels)
             metric = {
                 "name": self.task.metric_name,
                 "value": found[self.task.metric_name],
-                "images": len(self.dataset.test.labels),
+                "images": len(self.whole.test.labels),
                 "details": found,
             }
             bench = self._job(BenchJob(engine=str(engine.folder), inputs=str(images["bench"]), **config)).payload
@@ -268,6 +272,13 @@ class Deployment:
             outputs = dict(arrays)
         path.unlink()
         return outputs
+
+    def _stitched(self, outputs: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """An engine's outputs for whole images."""
+        if (windows := self.task.windows) is None:
+            return outputs
+        size = self.whole.test.images.shape[1:3]
+        return {name: windows.stitch(array, *size) for name, array in outputs.items()}
 
     def _parity(
         self, onnx: Artifact, engine: Artifact, outputs: dict[str, np.ndarray[Any, Any]], cell: dict[str, Any]

@@ -23,6 +23,7 @@ from edgekd import data as data_kinds
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, file_sha256, write_json
 from edgekd.bench.host import describe as describe_host
 from edgekd.data.base import Dataset, Split
+from edgekd.data.windows import windowed
 from edgekd.deployment import Deployment
 from edgekd.display import Display
 from edgekd.distill import stage as distill_stage
@@ -38,6 +39,7 @@ from edgekd.quantize import stage as quantize_stage
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
 from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig
+from edgekd.tasks import AnyTask
 from edgekd.tasks import build as build_task
 from edgekd.timing import EngineTimer
 from edgekd.train import checkpoint as checkpoints
@@ -258,7 +260,7 @@ class Run:
                 "inputs": inputs,
                 "data": self.dataset.fingerprint,
                 "augment": self.recipe.data.augment.model_dump(mode="json"),
-                "task": self.recipe.task.model_dump(mode="json", exclude=DEPLOYED),
+                "task": _of_the_task(self.recipe.task),
                 "seed": self.recipe.seed,
                 "compute": compute,
                 "versions": {"edgekd": __version__, **versions},
@@ -370,7 +372,8 @@ class Run:
 
     def _engine_time(self, model: checkpoints.Loaded) -> EngineTime:
         cpu, folder = self.record["environment"]["cpu"], self.store.root / "work" / "timing"
-        return EngineTimer(self.recipe, self.dataset, self.task, cpu, folder)(model)
+        data = self.dataset if self.task.windows is None else windowed(self.dataset, self.task.windows)
+        return EngineTimer(self.recipe, data, self.task, cpu, folder)(model)
 
     def _load_teacher(self, checkpoint: Checkpoint) -> checkpoints.Loaded:
         if self._teacher is None:
@@ -449,6 +452,12 @@ def code_of(model: ModelConfig) -> str | None:
         return content_id({path.relative_to(origin.parent).as_posix(): file_sha256(path) for path in files})
     zoo, colon, _ = model.name.partition(":")
     return f"{zoo} {version(zoo)}" if colon else None
+
+
+def _of_the_task(task: AnyTask) -> dict[str, Any]:
+    """What of a task makes a checkpoint another one; without windows, that there are none says nothing."""
+    found = task.model_dump(mode="json", exclude=DEPLOYED)
+    return {key: value for key, value in found.items() if (key, value) != ("windows", None)}
 
 
 def thin(dataset: Dataset, counts: dict[str, int]) -> Dataset:

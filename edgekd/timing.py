@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from edgekd.artifacts import write_json
 from edgekd.data.base import Dataset
@@ -63,7 +64,7 @@ class EngineTimer:
         module = encode(loaded.module, encoding_for(self.entry.backend, self.cpu)) if quantized else loaded.module.eval()
         file = onnx.export(
             module,
-            loaded.architecture.example(),
+            torch.zeros(2, *np.moveaxis(self.dataset.calib.images[:1], 3, 1).shape[1:]),
             output_names=self.task.output_names,
             opset=opset(self.recipe),
             batch=self.recipe.export.batch,

@@ -42,7 +42,8 @@ def build(config: AnyTask, data: Dataset) -> Task:
             its training pixels.
 
     Raises:
-        DataError: There is no box to fit them to, there are not as many weights as classes, or not two classes for saliency.
+        DataError: There is no box to fit them to, there are not as many weights as classes, windows are larger than the images,
+            or there are not two classes for saliency.
     """
     if isinstance(config, ClassificationConfig):
         return Classification(config.label_smoothing)
@@ -73,4 +74,10 @@ def _segmentation(config: SegmentationConfig, data: Dataset) -> Segmentation:
         weights = tuple(config.class_weights)
         if len(weights) != data.num_classes:
             raise DataError(f"task.class_weights has {len(weights)} numbers, and the data {data.num_classes} classes")
-    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight, config.boundary_px)
+    windows = None if config.windows is None else config.windows.build()
+    if windows is not None and (windows.size_px[0] > data.height or windows.size_px[1] > data.width):
+        raise DataError(
+            f"windows of {list(windows.size_px)} pixels are larger than the images, {[data.height, data.width]}",
+            hint="lower task.windows.size_px, or leave task.windows out",
+        )
+    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight, config.boundary_px, windows)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from edgekd.data.windows import Windows
 from edgekd.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ class Task(Protocol):
     higher_is_better: ClassVar[bool]
     output_names: ClassVar[tuple[str, ...]]
     """The outputs of the exported model, in order."""
+
+    @property
+    def windows(self) -> Windows | None:
+        """Models are evaluated, and engines run, on such windows of the images; None: on whole images."""
 
     def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:
         """The supervised loss, a scalar averaged over the batch; ``progress`` is the share of the training that is done, 0..1."""

@@ -42,6 +42,7 @@ class Classification:
     metric_name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
+    windows: ClassVar[None] = None
 
     def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:  # noqa: ARG002
         """Cross-entropy, averaged over the batch.

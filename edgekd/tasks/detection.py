@@ -80,6 +80,7 @@ class Detection:
     metric_name: ClassVar[str] = "mAP50"
     higher_is_better: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("predictions",)
+    windows: ClassVar[None] = None
     LEAST: ClassVar[float] = 0.001
     """Smallest score that the metric looks at."""
 

@@ -49,6 +49,7 @@ class Saliency:
     metric_name: ClassVar[str] = "max F"
     higher_is_better: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
+    windows: ClassVar[None] = None
 
     def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:
         """The sum over maps k of 2^-k (soft Dice + the boundaries' Dice), averaged over the images that have labels.

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.data.base import IGNORE
+from edgekd.data.masks import STEP_PX
+from edgekd.data.windows import Windows
 from edgekd.tasks import boundaries
 from edgekd.tasks.base import checked_output
 
@@ -26,6 +28,28 @@ if TYPE_CHECKING:
 
 IMAGES = 16
 """Of an engine's outputs that are looked at together."""
+
+
+class WindowsConfig(Config):
+    """Evaluate and deploy on windows of the images, whose logits are averaged where they overlap."""
+
+    size_px: tuple[int, int]
+    """Height and width of a window, multiples of 16: what engines take."""
+    stride_px: tuple[int, int] | None = None
+    """From one window to the next, down and across; null: two thirds of the window."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WindowsConfig:
+        if any(not STEP_PX <= side <= 2048 or side % STEP_PX for side in self.size_px):
+            raise ValueError(f"size_px must be multiples of {STEP_PX} within {STEP_PX} and 2048; received {list(self.size_px)}")
+        stride = self.stride_px or (1, 1)
+        if any(not 1 <= step <= side for step, side in zip(stride, self.size_px, strict=True)):
+            raise ValueError(f"stride_px must be within 1 and the window's {list(self.size_px)}; received {list(stride)}")
+        return self
+
+    def build(self) -> Windows:
+        """The windows."""
+        return Windows(self.size_px, self.stride_px or (self.size_px[0] * 2 // 3, self.size_px[1] * 2 // 3))
 
 
 class SegmentationConfig(Config):
@@ -41,6 +65,8 @@ class SegmentationConfig(Config):
     """Weight of the soft Dice loss beside the cross-entropy."""
     boundary_px: int | None = Field(None, ge=1, le=256)
     """Tolerance of the boundaries' F-measure, pixels; null: 0.75 % of the image's diagonal, at least 1."""
+    windows: WindowsConfig | None = None
+    """Evaluate the model, and deploy engines, on windows of this size, moved over the images; null: on whole images."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,7 @@ class Segmentation:
     hard_pixels: float = 1.0
     dice_weight: float = 0.0
     boundary_px: int | None = None
+    windows: Windows | None = None
 
     kind: ClassVar[str] = "segmentation"
     metric_name: ClassVar[str] = "mIoU"
@@ -114,8 +141,11 @@ class Segmentation:
         return float(np.mean(np.argmax(expected, axis=1) != np.argmax(received, axis=1)))
 
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Logits, and the classes' names in their order."""
-        return {"kind": self.kind, "output": self.output_names[0], "classes": list(classes)}
+        """Logits, the classes' names in their order, and the windows that they are of, if they are."""
+        found: dict[str, Any] = {"kind": self.kind, "output": self.output_names[0], "classes": list(classes)}
+        if self.windows is not None:
+            found["windows"] = {"size_px": list(self.windows.size_px), "stride_px": list(self.windows.stride_px)}
+        return found
 
 
 def confusion(given: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -240,7 +240,7 @@ def evaluate(model: nn.Module, split: Split, setting: Setting, batch_size: int =
     was_training = model.training
     _place(model, fabric.device, torch.channels_last)
     model.eval()
-    metric = setting.task.new_metric().to(fabric.device)
+    metric, windows = setting.task.new_metric().to(fabric.device), setting.task.windows
     with torch.no_grad():
         for images, labels in eval_batches(
             split,
@@ -250,7 +250,9 @@ def evaluate(model: nn.Module, split: Split, setting: Setting, batch_size: int =
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         ):
-            metric.update(model(images.to(fabric.device)).float(), labels.to(fabric.device))
+            images = images.to(fabric.device)
+            logits = model(images) if windows is None else windows.average(model, images)
+            metric.update(logits.float(), labels.to(fabric.device))
     model.train(was_training)
     return float(metric.compute())
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from edgekd.data.base import IGNORE
+from edgekd.data.windows import Windows
 from edgekd.engines.postprocess import Segmented, postprocess
 from edgekd.errors import DataError
-from edgekd.tasks.segmentation import Segmentation, balanced_weights, dice_loss
+from edgekd.tasks.segmentation import Segmentation, WindowsConfig, balanced_weights, dice_loss
 
 K = 3
 
@@ -104,6 +105,15 @@ def test_the_tolerance_of_boundaries_can_be_given():
     logits = np.eye(K, dtype=np.float32)[np.roll(labels, 3, axis=2)].transpose(0, 3, 1, 2)
     scores = [Segmentation(K, boundary_px=px).details({"logits": logits}, labels)["boundary F"] for px in (None, 2, 3)]
     assert 0 == scores[0] < scores[1] < scores[2]
+
+
+def test_windows_say_what_fits():
+    assert WindowsConfig(size_px=(48, 96)).build() == Windows((48, 96), (32, 64))
+    assert WindowsConfig(size_px=(48, 96), stride_px=(48, 16)).build().stride_px == (48, 16)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        WindowsConfig(size_px=(40, 96))
+    with pytest.raises(ValueError, match=r"within 1 and the window's \[48, 96\]; received \[49, 16\]"):
+        WindowsConfig(size_px=(48, 96), stride_px=(49, 16))
 
 
 def test_balanced_weights_by_hand():
