@@ -17,6 +17,7 @@ from edgekd.models import (
     mobilenet_v2,
     resnet_cifar,
     scfnet,
+    segformer,
     shufflenet_v2,
     slim_unet,
     superyolo,
@@ -61,6 +62,9 @@ MODELS: dict[str, Entry] = {
     "superyolo_small": Entry(superyolo.superyolo_small, superyolo.SMALL_TAPS),
     "unet": Entry(unet.unet, unet.TAPS),
     "slim_unet": Entry(slim_unet.slim_unet, unet.TAPS),
+    "segformer_b0": Entry(segformer.segformer_b0, segformer.TAPS),
+    "segformer_b1": Entry(segformer.segformer_b1, segformer.TAPS),
+    "segformer_b2": Entry(segformer.segformer_b2, segformer.TAPS),
     "scfnet": Entry(scfnet.scfnet, scfnet.TAPS),
 }
 
@@ -156,4 +160,4 @@ def at_width(config: ModelConfig, width: float) -> ModelConfig:
 
 def fixed_channels(model: nn.Module) -> list[nn.Module]:
     """The layers whose output channels pruning must leave alone: the model tells them apart by position, or reads them unseen."""
-    return [*shufflenet_v2.fixed_channels(model), *scfnet.fixed_channels(model)]
+    return [part for family in (shufflenet_v2, scfnet, segformer) for part in family.fixed_channels(model)]
