@@ -52,6 +52,8 @@ class StepInputs:
     """The student itself, in training mode, for methods that call it again (see :func:`edgekd.nn.batch_norm.untracked`)."""
     teacher_net: nn.Module | None = None
     """The teacher, frozen; call it without gradients, or with them where they must pass through it."""
+    total_steps: int = 1
+    """Optimizer steps of this stage: ``step + 1`` of them are done after this one, for ramps that end at their full height."""
 
 
 class Objective(Protocol):
@@ -125,7 +127,18 @@ def forward(state: TrainState, images: Tensor, labels: Tensor) -> StepInputs:
             teacher = Outputs(state.teacher(images), taps)
     with capture(state.inner, state.student_taps) as taps:
         student = Outputs(state.student(images), taps)
-    return StepInputs(images, labels, student, teacher, state.step, state.epoch, state.progress, state.inner, state.teacher)
+    return StepInputs(
+        images,
+        labels,
+        student,
+        teacher,
+        state.step,
+        state.epoch,
+        state.progress,
+        state.inner,
+        state.teacher,
+        state.total_steps,
+    )
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
