@@ -61,10 +61,10 @@ def measure(
     count = len(next(iter(expected.values())))
     # boxes of a graph have no place of their own: the task holds them against the raw predictions
     before, first = ({name: array[:count] for name, array in given.items() if name != OUTPUT} for given in (expected, received))
-    found = parity.compare(before, first, task, what=f"the {backend['name']} engine")
     lower = backend.get("inference_precision") == "bf16"  # then what the file has in float32 is not
     # else as the file's own hop: what it has in few bits is told there
     allowed = limits(config, "bf16") if lower else parity.Limits(**model.json("parity.json")["allowed"])
+    found = parity.compare(before, first, task, what=f"the {backend['name']} engine", outliers=allowed.outliers)
     return found, parity.metrics(expected, first, labels[:count], task), allowed
 
 

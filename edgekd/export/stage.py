@@ -28,6 +28,8 @@ MAX_ERROR = {"float32": 1e-3, "float16": 3e-2, "bf16": 0.1, "u8": 0.1, "u7": 0.2
 MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "bf16": 0.05, "u8": 0.05, "u7": 0.05, "s8": 0.05, "hybrid": 0.05, "few": 0.15}
 """Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up; the
 more the fewer codes there are ("few": some layer has less than 8 bits)."""
+FLOATS, OUTLIERS = ("float32", "float16"), 1e-3
+"""Precisions in which every value of a map counts; in all others, all but one in a thousand do."""
 PRECISIONS = {"hybrid": "float32"}
 """What a file in an encoding runs in, where that has another name."""
 RANGE_IMAGES = 64
@@ -95,14 +97,15 @@ def run(
     # with the trained model, not with its encoding: a wrong encoding would agree with itself
     expected = parity.torch_outputs(loaded.module, images, task.output_names)
     received = parity.file_outputs(path, images.numpy())
-    found = parity.compare(expected, received, task)
+    allowed = limits(config, "few" if _few_bits(loaded.module) else encoding)
+    found = parity.compare(expected, received, task, outliers=allowed.outliers)
     result: dict[str, Any] = {"split": "val"}
     if integers:
         result["tensors"] = _tensors(coarsened(loaded.module, encoding), model, images[: config.batch or parity.LOCAL_IMAGES])
     result |= parity.check(
         found,
         parity.metrics(expected, received, dataset.val.labels[:count], task),
-        limits(config, "few" if _few_bits(loaded.module) else encoding),
+        allowed,
         where=lambda _: parity.where_in_file(module, model, images[parity.worst_first(found, parity.LOCAL_IMAGES)], encoding),
     )
     if encoding == "float16":
@@ -160,6 +163,7 @@ def limits(config: ExportConfig, kind: str) -> parity.Limits:
     return parity.Limits(
         max_error=MAX_ERROR[kind] if config.max_error is None else config.max_error,
         max_changed=MAX_CHANGED[kind] if config.max_changed is None else config.max_changed,
+        outliers=0.0 if kind in FLOATS else OUTLIERS,
     )
 
 

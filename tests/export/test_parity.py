@@ -89,6 +89,24 @@ def test_the_numbers_by_hand():
     assert found.cosine == pytest.approx((16 + 4) / (np.sqrt(20) * np.sqrt(16 + 1 + 9 + 4)))
 
 
+def test_of_a_map_some_values_may_lie_on_the_edge():
+    """One pixel in a thousand may; more may not, nor may one of an output that is no map, nor what is not finite."""
+    expected = np.ones((4, 1, 50, 50))
+    maps = expected.copy()
+    maps[0, 0, 0, :9] = -1
+    found = parity._compare("logits", expected, maps, None, outliers=1e-3)
+    assert found.max_error == 0
+    assert found.worst.received == -1, "it is told all the same"
+    assert parity._compare("logits", expected, maps, None).max_error == 2, "in floats every value counts"
+    maps[0, 0, 0, :11] = -1
+    assert parity._compare("logits", expected, maps, None, outliers=1e-3).max_error == 2
+    flat = parity._compare("logits", expected.reshape(4, -1), maps.reshape(4, -1), None, outliers=1e-3)
+    assert flat.max_error == 2
+    maps[...] = 1
+    maps[0, 0, 0, 0] = np.nan
+    assert not parity._compare("logits", expected, maps, None, outliers=1e-3).max_error <= 1
+
+
 def test_a_damaged_file(model, images, tmp_path):
     written(model, tmp_path / "m.onnx", images)
     (tmp_path / "m.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
