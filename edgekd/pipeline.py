@@ -27,6 +27,7 @@ from edgekd.data.windows import windowed
 from edgekd.deployment import Deployment
 from edgekd.display import Display
 from edgekd.distill import stage as distill_stage
+from edgekd.distill.base import needs_teacher
 from edgekd.distill.stage import DistillConfig
 from edgekd.errors import ArtifactError, BudgetExceeded, EdgekdError
 from edgekd.models.config import ModelConfig
@@ -227,7 +228,8 @@ class Run:
         model: ModelConfig | None = None,
     ) -> Checkpoint:
         model = model or self.recipe.student.model
-        uses_teacher = getattr(stage, "method", None) is not None and getattr(stage, "teacher", "teacher") == "teacher"
+        method = getattr(stage, "method", None)
+        uses_teacher = method is not None and getattr(stage, "teacher", "teacher") == "teacher" and needs_teacher(method)
         parents = [parent for parent in (source, teacher if uses_teacher else None) if parent is not None]
 
         def make(work: Path) -> Trained:

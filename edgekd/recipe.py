@@ -26,6 +26,7 @@ from edgekd.data import CocoConfig, DataConfig, ImageFolderConfig, MasksConfig, 
 from edgekd.data.boxes import LARGEST_PX
 from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
+from edgekd.distill.base import needs_teacher
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
 from edgekd.errors import EdgekdError
@@ -252,7 +253,7 @@ def _check_teacher(recipe: Recipe) -> list[Problem]:
     for number, stage in enumerate(recipe.stages):
         method = getattr(stage, "method", None)
         own = isinstance(stage, QuantizeConfig) and stage.teacher == "float"
-        if method is not None and teacher is None and not own:
+        if method is not None and teacher is None and not own and needs_teacher(method):
             problems.append(
                 Problem(
                     ("stages", number, "method"),
@@ -564,7 +565,7 @@ def _check_models(recipe: Recipe) -> list[Problem]:
         method = getattr(stage, "method", None)
         own = isinstance(stage, QuantizeConfig) and stage.teacher == "float"
         student, teacher = built.get("student"), built.get("student" if own else "teacher")
-        if method is not None and student is not None and teacher is not None:
+        if method is not None and student is not None and (teacher is not None or not needs_teacher(method)):
             problems += _attempt(("stages", number, "method"), partial(_check_method, method, student, teacher))
     return problems
 
@@ -584,11 +585,13 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Shell | Problem:
         return Problem((owner, "model", where), error.message, error.hint)
 
 
-def _check_method(method: MethodConfig, student: Shell, teacher: Shell) -> None:
+def _check_method(method: MethodConfig, student: Shell, teacher: Shell | None) -> None:
+    used: Any = teacher if needs_teacher(method) else None
     with shapes_only():
-        distiller = method.build(student, teacher)
+        distiller = method.build(student, used)
     resolve(distiller.student_taps, student.taps)
-    resolve(distiller.teacher_taps, teacher.taps)
+    if used is not None:
+        resolve(distiller.teacher_taps, used.taps)
 
 
 def json_schema() -> dict[str, Any]:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from edgekd._config import Config
 from edgekd.errors import RecipeError, nearest
 from edgekd.nn.critics import ATTENTION_SIDE_PX
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
 from edgekd.train.step import StepInputs, TrainState, train_step
+
+
+def needs_teacher(method: Config) -> bool:
+    """Whether a method's section asks for a teacher. One that does not has ``needs_teacher: ClassVar[bool] = False``.
+
+    Such a method is built, prepared and trained with None in the teacher's place, whether the recipe has one or not.
+    """
+    return bool(getattr(method, "needs_teacher", True))
 
 
 class Distiller(nn.Module):

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from edgekd._config import Config
 from edgekd.distill import MethodConfig
+from edgekd.distill.base import needs_teacher
 from edgekd.nn.layers import layer_table
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import train
@@ -20,7 +21,7 @@ from edgekd.train.step import TaskOnly
 
 
 class DistillConfig(Config):
-    """Train on the labels and on the teacher."""
+    """Train on the labels and on the teacher, or on what the method has in its place."""
 
     kind: Literal["distill"]
     method: MethodConfig
@@ -42,32 +43,37 @@ def fit(
     teacher: Loaded | None,
     task_weight: float,
 ) -> list[dict[str, Any]]:
-    """Train ``student`` in place, with a method and its teacher, or on the labels alone where there is no method."""
+    """Train ``student`` in place, with a method and its teacher, or on the labels alone where there is no method.
+
+    A method that needs no teacher is given none.
+    """
     setting = context.setting(title, work, config.epochs)
-    if method is None or teacher is None:
+    if method is None:
         return train(student=student.module, objective=TaskOnly(), config=config, setting=setting)
     torch.manual_seed(context.seed + 1)  # the method's own layers: not the stream that made the student
-    distiller = method.build(student, teacher)
+    used: Any = teacher if needs_teacher(method) else None
+    master: Any = None if used is None else used.module
+    distiller = method.build(student, used)
     history = train(
         student=student.module,
         objective=distiller,
         config=config,
         setting=setting,
-        teacher=teacher.module,
+        teacher=master,
         student_taps=student.taps,
-        teacher_taps=teacher.taps,
+        teacher_taps={} if used is None else used.taps,
         task_weight=task_weight,
-        prepare=partial(distiller.prepare, student.module, teacher.module, setting),
+        prepare=partial(distiller.prepare, student.module, master, setting),
         half_labelled=distiller.half_labelled,
     )
-    if history and (found := distiller.statistics(student.module, teacher.module, setting)):
+    if history and (found := distiller.statistics(student.module, master, setting)):
         history[-1]["statistics"] = found
     return history
 
 
 def run(config: DistillConfig, source: Loaded, context: Context, *, title: str, work: Path) -> Trained:
     """Distil the teacher into the source model; arguments as for the other stages."""
-    assert context.teacher is not None  # checked with the recipe
+    assert context.teacher is not None or not needs_teacher(config.method)  # checked with the recipe
     history = fit(
         source,
         config.train,
@@ -75,7 +81,7 @@ def run(config: DistillConfig, source: Loaded, context: Context, *, title: str, 
         title=title,
         work=work,
         method=config.method,
-        teacher=context.teacher(),
+        teacher=context.teacher() if context.teacher is not None and needs_teacher(config.method) else None,
         task_weight=config.task_weight,
     )
     return Trained(source, history, layer_table(source.module))

@@ -156,23 +156,23 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, f
     sums: dict[str, float] = {}
     parts = list(zip(images.chunk(state.accumulate), labels.chunk(state.accumulate), strict=True))
     for number, (part_images, part_labels) in enumerate(parts, 1):
-        with _no_sync(state, number < len(parts)):
+        with no_sync(state, number < len(parts)):
             inputs = forward(state, part_images, part_labels)
             with state.fabric.autocast():
-                terms = {"task": _task_loss(state, inputs)}
+                terms = {"task": task_loss(state, inputs)}
                 terms.update(state.objective.losses(inputs))
             share = len(part_images) / len(images)
             for name, value in finite(terms, state).items():
                 sums[name] = sums.get(name, 0.0) + share * value
             state.fabric.backward(share * torch.stack([term.float() for term in terms.values()]).sum())
-    _average_objective_gradients(state)
+    average_gradients(state, state.objective)
     if state.clip_norm is not None:
         state.fabric.clip_gradients(state.student, state.optimizer, max_norm=state.clip_norm, error_if_nonfinite=False)
     state.optimizer.step()
     return sums
 
 
-def _task_loss(state: TrainState, inputs: StepInputs) -> Tensor:
+def task_loss(state: TrainState, inputs: StepInputs) -> Tensor:
     """The task's term; with weight 0 it is not computed: losses of whole maps cost as much as a small student."""
     if not state.task_weight:
         return (0 * inputs.student.logits).sum()
@@ -197,16 +197,17 @@ def finite(terms: Mapping[str, Tensor], state: TrainState) -> dict[str, float]:
     return values
 
 
-def _average_objective_gradients(state: TrainState) -> None:
-    """Do for the objective's parameters what DistributedDataParallel does for the student's."""
+def average_gradients(state: TrainState, module: Any) -> None:
+    """Do for the parameters of an nn.Module what DistributedDataParallel does for the student's."""
     if state.fabric.world_size > 1:
-        for parameter in stage_parameters(state.objective):  # type: ignore[arg-type]  # an nn.Module, see Objective
+        for parameter in stage_parameters(module):
             if parameter.grad is not None:
                 state.fabric.all_reduce(parameter.grad, reduce_op="mean")  # in place
 
 
 @contextlib.contextmanager
-def _no_sync(state: TrainState, skip: bool) -> Iterator[None]:
+def no_sync(state: TrainState, skip: bool = True) -> Iterator[None]:
+    """Inside, gradients of the student stay with their process, where ``skip`` says so."""
     if skip and state.fabric.world_size > 1:
         with state.fabric.no_backward_sync(state.student):  # type: ignore[arg-type]  # Fabric wrapped it, see loop.py
             yield
