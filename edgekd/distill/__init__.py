@@ -14,6 +14,7 @@ from edgekd.distill.logits import LogitsConfig
 from edgekd.distill.ost import OstConfig
 from edgekd.distill.raw_output import RawOutputConfig
 from edgekd.distill.scrm import ScrmConfig
+from edgekd.distill.slimseg import SlimsegConfig
 from edgekd.distill.structured_kd import StructuredKdConfig
 
 METHODS: tuple[type[Config], ...] = (
@@ -24,6 +25,7 @@ METHODS: tuple[type[Config], ...] = (
     ScrmConfig,
     HclConfig,
     StructuredKdConfig,
+    SlimsegConfig,
     GeneralizableMsanConfig,
     KdScfnetConfig,
     GraphFlowConfig,
@@ -37,6 +39,7 @@ MethodConfig = Annotated[
     | ScrmConfig
     | HclConfig
     | StructuredKdConfig
+    | SlimsegConfig
     | GeneralizableMsanConfig
     | KdScfnetConfig
     | GraphFlowConfig,

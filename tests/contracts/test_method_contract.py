@@ -74,6 +74,9 @@ PAIRINGS: dict[str, Pairing] = {
         MASKS, arguments={"length": 16, "views": 2, "autoencoder_width": 4, "autoencoder_epochs": 1, "alignment_epochs": 1}
     ),
     "kd_scfnet": SALIENT,
+    "slimseg": dataclasses.replace(
+        MASKS, student=ModelConfig(name="slim_unet", arguments={"width": 4, "widths": [1, 0.5]}), teacher=None
+    ),
 }
 """Method -> what it is tried on, where that is not two classifiers."""
 
