@@ -16,6 +16,7 @@ from edgekd.distill.raw_output import RawOutputConfig
 from edgekd.distill.scrm import ScrmConfig
 from edgekd.distill.slimseg import SlimsegConfig
 from edgekd.distill.structured_kd import StructuredKdConfig
+from edgekd.distill.transkd import TranskdConfig
 
 METHODS: tuple[type[Config], ...] = (
     LogitsConfig,
@@ -29,6 +30,7 @@ METHODS: tuple[type[Config], ...] = (
     GeneralizableMsanConfig,
     KdScfnetConfig,
     GraphFlowConfig,
+    TranskdConfig,
 )
 
 MethodConfig = Annotated[
@@ -42,7 +44,8 @@ MethodConfig = Annotated[
     | SlimsegConfig
     | GeneralizableMsanConfig
     | KdScfnetConfig
-    | GraphFlowConfig,
+    | GraphFlowConfig
+    | TranskdConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPSILON = 1e-12
+GRIDS = (4, 2, 1)
+"""Sides of the grids, in cells; only those smaller than the map count."""
 
 
 def attention_map(maps_BCHW: Tensor) -> Tensor:
@@ -36,6 +38,26 @@ def cosine_similarities(nodes_BCN: Tensor, *, detach_norm: bool = False, epsilon
     lengths = nodes.norm(dim=1, keepdim=True)
     units = nodes / ((lengths.detach() if detach_norm else lengths) + epsilon)
     return units.transpose(1, 2) @ units
+
+
+def hierarchical_context(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+    """[MSE + sum over grids of 2^-j MSE of the averages in the grid] / the sum of these weights, a scalar.
+
+    Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review. CVPR 2021, arXiv 2104.09044, section 3.4.
+
+    j = 1, 2, .. counts the grids that are smaller than the map: a map of 2 rows keeps only the grid of 1 cell, with weight 1/2.
+
+    Args:
+        student_BCHW: [B, C, H, W].
+        teacher_BCHW: The same shape; no gradient flows into it.
+    """
+    theirs = teacher_BCHW.detach()
+    total, weights = F.mse_loss(student_BCHW, theirs), 1.0
+    for number, side in enumerate([side for side in GRIDS if side < student_BCHW.shape[2]], start=1):
+        far = F.mse_loss(F.adaptive_avg_pool2d(student_BCHW, side), F.adaptive_avg_pool2d(theirs, side))
+        total = total + 2.0**-number * far
+        weights += 2.0**-number
+    return total / weights
 
 
 def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,10 @@ def scfnet(width, channels):
     return ModelConfig(name="scfnet", arguments={"backbone": "resnet18", "width": width, "channels": channels})
 
 
+def segformer(width):
+    return ModelConfig(name="segformer_b0", arguments={"width": width, "depths": [1, 1, 1, 1], "decoder": 8})
+
+
 CLASSES = Pairing(
     ModelConfig(name="resnet8"), ModelConfig(name="wrn_16_2"), Classification(), lambda: toy.dataset(train=32, size_px=16)
 )
@@ -77,6 +81,7 @@ PAIRINGS: dict[str, Pairing] = {
     "slimseg": dataclasses.replace(
         MASKS, student=ModelConfig(name="slim_unet", arguments={"width": 4, "widths": [1, 0.5]}), teacher=None
     ),
+    "transkd": Pairing(segformer(2), segformer(4), Segmentation(toy.CLASSES), toy.scenes, arguments={"variant": "ea"}),
 }
 """Method -> what it is tried on, where that is not two classifiers."""
 
