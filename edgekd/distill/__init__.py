@@ -6,6 +6,7 @@ from pydantic import Field
 
 from edgekd._config import Config
 from edgekd.distill.afd import AfdConfig
+from edgekd.distill.fakd import FakdConfig
 from edgekd.distill.generalizable_msan import GeneralizableMsanConfig
 from edgekd.distill.graph_flow import GraphFlowConfig
 from edgekd.distill.hcl import HclConfig
@@ -31,6 +32,7 @@ METHODS: tuple[type[Config], ...] = (
     KdScfnetConfig,
     GraphFlowConfig,
     TranskdConfig,
+    FakdConfig,
 )
 
 MethodConfig = Annotated[
@@ -45,7 +47,8 @@ MethodConfig = Annotated[
     | GeneralizableMsanConfig
     | KdScfnetConfig
     | GraphFlowConfig
-    | TranskdConfig,
+    | TranskdConfig
+    | FakdConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""

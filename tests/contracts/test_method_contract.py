@@ -82,6 +82,7 @@ PAIRINGS: dict[str, Pairing] = {
         MASKS, student=ModelConfig(name="slim_unet", arguments={"width": 4, "widths": [1, 0.5]}), teacher=None
     ),
     "transkd": Pairing(segformer(2), segformer(4), Segmentation(toy.CLASSES), toy.scenes, arguments={"variant": "ea"}),
+    "fakd": MASKS,
 }
 """Method -> what it is tried on, where that is not two classifiers."""
 
