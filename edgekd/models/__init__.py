@@ -14,6 +14,8 @@ from torch import nn
 
 from edgekd.errors import RecipeError, nearest
 from edgekd.models import (
+    fanet,
+    mobile_unet,
     mobilenet_v2,
     resnet_cifar,
     scfnet,
@@ -65,6 +67,8 @@ MODELS: dict[str, Entry] = {
     "segformer_b0": Entry(segformer.segformer_b0, segformer.TAPS),
     "segformer_b1": Entry(segformer.segformer_b1, segformer.TAPS),
     "segformer_b2": Entry(segformer.segformer_b2, segformer.TAPS),
+    "mobile_unet": Entry(mobile_unet.mobile_unet, mobile_unet.TAPS),
+    "fanet": Entry(fanet.fanet, fanet.TAPS),
     "scfnet": Entry(scfnet.scfnet, scfnet.TAPS),
 }
 

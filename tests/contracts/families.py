@@ -1,6 +1,7 @@
 """One small model for each family that people deploy: 32 pixels, few channels, seconds to build in every engine.
 
-Written here and not taken from the model table, so that each has what makes its family hard, and little else.
+Written here and not taken from the model table, so that each has what makes its family hard, and little else; but for
+the attention of FANet.
 """
 
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from edgekd.models.fanet import FastAttention
 
 CLASSES = 10
 
@@ -296,6 +299,7 @@ FAMILIES = {
     "decoder": Family(Decoder, outputs=("image",), float_on_onnxruntime=("up.0", "last")),
     "vit": Family(ViT),
     "segformer": Family(SegFormer, outputs=("mask",), float_on_onnxruntime=("head",)),
+    "fast-attention": Family(lambda: nn.Sequential(block(3, 8, stride=2), FastAttention(8, 4), block(8, 8), Head(8))),
     "excitation": Family(Excited),
     "pooling": Family(Pooled),
     "outputs": Family(Outputs, outputs=("boxes", "scores"), float_on_onnxruntime=("boxes",)),

@@ -38,7 +38,10 @@ FAMILIES = {"resnet8": {}, "wrn_16_1": {}, "vgg8": {}, "mobilenetv2": {"width": 
 
 
 def test_every_model_is_tested():
-    others = {*("superyolo", "superyolo_small", "unet", "slim_unet", "scfnet"), *(f"segformer_b{size}" for size in range(3))}
+    others = {
+        *("superyolo", "superyolo_small", "unet", "slim_unet", "mobile_unet", "fanet", "scfnet"),
+        *(f"segformer_b{size}" for size in range(3)),
+    }
     assert set(models.names()) - set(EXPECTED) == others, "these have tests of their own"
 
 
