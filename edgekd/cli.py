@@ -121,7 +121,7 @@ def validate(recipe: RecipeFile) -> None:
     loaded = recipes.load_recipe(recipe)
     recipes.preflight(loaded)
     stages = " > ".join(stage.kind for stage in loaded.recipe.stages)
-    engines = sum(len(entry.models) * len(entry.precision) for entry in loaded.recipe.deploy)
+    engines = sum(len(recipes.deployed_roles(loaded.recipe, entry)) * len(entry.precision) for entry in loaded.recipe.deploy)
     print(f"{recipe}: valid. {stages}; up to {engines} engines")
 
 

@@ -30,7 +30,7 @@ from edgekd.export import lint, parity
 from edgekd.export import stage as export_stage
 from edgekd.jobs import BenchJob, BuildJob, CompareJob, JobResult, PredictJob
 from edgekd.quantize import ladder
-from edgekd.recipe import DeployConfig, Recipe
+from edgekd.recipe import DeployConfig, Recipe, deployed_roles
 from edgekd.targets.local import Local
 from edgekd.tasks.base import Task
 
@@ -83,7 +83,7 @@ class Deployment:
         inputs = {name: self._inputs(name, array) for name, array in images.items()}
         for entry in self.recipe.deploy:
             group: list[int] = []
-            for role in entry.models:
+            for role in deployed_roles(self.recipe, entry):
                 for precision in _precisions(entry, checkpoints[role]):
                     checkpoint = _source(checkpoints[role], precision)
                     if checkpoint is None:
@@ -432,6 +432,7 @@ def slower_than_float(cells: list[dict[str, Any]], ratios: list[dict[str, Any]])
         if ratio["verdict"] == "slower"
         and ratio["interval"][1] < MATTERS
         and (cell := cells[ratio["engine"]])["precision"] == "int8"
+        and cell["role"] == "student"  # another width, or another model, is no twin
         and cell["backend_name"] != "null"
     ]
 
@@ -480,7 +481,8 @@ def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str
     teacher_value = _metric(root / teacher["folder"]) if teacher is not None else None
     candidates = []
     for index, cell in enumerate(record["cells"]):
-        if cell["role"] == "student" and cell["status"] == "measured" and cell["backend_name"] != "null":
+        student = cell["role"].partition("@")[0] == "student"  # at any of its widths
+        if student and cell["status"] == "measured" and cell["backend_name"] != "null":
             measured, valid = _measured(root / cell["bench"], teacher_value)
             checks = [
                 {

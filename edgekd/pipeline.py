@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgekd import __version__, report
+from edgekd import __version__, models, report
 from edgekd import data as data_kinds
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, file_sha256, write_json
 from edgekd.bench.host import describe as describe_host
@@ -39,7 +39,7 @@ from edgekd.quantize import ladder, ptq
 from edgekd.quantize import stage as quantize_stage
 from edgekd.quantize.ptq import PtqConfig
 from edgekd.quantize.stage import QuantizeConfig
-from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig
+from edgekd.recipe import SMOKE_BATCH, Loaded, Recipe, TeacherConfig, last_slimming, role_at, student_widths
 from edgekd.tasks import AnyTask
 from edgekd.tasks import build as build_task
 from edgekd.timing import EngineTimer
@@ -48,6 +48,7 @@ from edgekd.train import stage as finetune_stage
 from edgekd.train.hardware import check_processes, rank
 from edgekd.train.loop import evaluate
 from edgekd.train.stage import Context, EngineTime, FinetuneConfig, Trained, fresh
+from edgekd.train.widths import cut
 
 RUN = "run.json"
 # The stage's config type says which function runs it.
@@ -136,7 +137,8 @@ class Run:
             deployment = Deployment(
                 self.recipe, self.store, self.dataset, self.task, self.record, self.display, self.save, self.order
             )
-            missed = [line for made in students["student"] if (line := ladder.failure(made.metrics)) is not None]
+            made = [checkpoint for role, found in students.items() if role.startswith("student") for checkpoint in found]
+            missed = [line for checkpoint in made if (line := ladder.failure(checkpoint.metrics)) is not None]
             self.record["warnings"] += missed
             deployment.run(students)
         except EdgekdError as error:
@@ -163,7 +165,10 @@ class Run:
         """Prune and quantize an untrained student once, so that a model that cannot be says so before hours of training."""
         if not any(isinstance(stage, PruneConfig | QuantizeConfig | PtqConfig) for stage in self.recipe.stages):
             return
-        student = fresh(self.recipe.student.model.model_copy(update={"weights": None}), self.context)
+        model = self.recipe.student.model.model_copy(update={"weights": None})
+        if models.widths(model):  # what is pruned and quantized is one width of it
+            model = models.at_width(model, 1.0)
+        student = fresh(model, self.context)
         for stage in self.recipe.stages:
             if isinstance(stage, PruneConfig):
                 student.module = prune(
@@ -173,8 +178,12 @@ class Run:
                 quantize_stage.rehearse(stage.quantizer, student)
 
     def train(self) -> dict[str, list[Checkpoint]]:
-        """All checkpoints: the teacher, the student trained alone, the student after each stage."""
-        recipe, result = self.recipe, {}
+        """All checkpoints: the teacher, the student trained alone, the student after each stage.
+
+        Of a student that was trained at several widths, each goes through the stages that are left for itself.
+        """
+        recipe = self.recipe
+        result: dict[str, list[Checkpoint]] = {}
         teacher = None
         if recipe.teacher is not None:
             teacher = self._teacher_checkpoint(recipe.teacher)
@@ -184,15 +193,29 @@ class Run:
             budget = next(stage for stage in recipe.stages if isinstance(stage, DistillConfig))
             alone = FinetuneConfig(kind="finetune", train=budget.train)
             result["student_alone"] = [self._stage(alone, None, None, role="student_alone", name="student_alone")]
-        source: Checkpoint | None = None
-        result["student"] = []
+        result["student"], roles = [], ["student"]
         if recipe.student.model.weights is not None and isinstance(recipe.stages[0], PruneConfig | QuantizeConfig | PtqConfig):
-            source = self._given(recipe.student.model, "student", "weights")  # the float twin of what follows
-            result["student"].append(source)
-        for stage in recipe.stages:
-            source = self._stage(stage, source, teacher, role="student", name=stage.kind)
-            result["student"].append(source)
+            result["student"].append(self._given(recipe.student.model, "student", "weights"))  # the float twin of what follows
+        for number, stage in enumerate(recipe.stages):
+            for role in roles:
+                before = result[role][-1] if result[role] else None
+                result[role].append(self._stage(stage, before, teacher, role=role, name=stage.kind))
+            if number == last_slimming(recipe) and (widths := student_widths(recipe)):
+                whole, roles = result["student"][-1], [role_at(width) for width in widths]
+                for role, width in zip(roles, widths, strict=True):
+                    result.setdefault(role, []).append(self._width(whole, width, role))
         return result
+
+    def _width(self, whole: Checkpoint, width: float, role: str) -> Checkpoint:
+        """One width of the slimmable student, as a network of its own."""
+        return self._checkpoint(
+            {"width": width},
+            role=role,
+            name="width",
+            inputs={"source": whole.id},
+            parents=(whole.id,),
+            make=lambda work: _untrained(cut(checkpoints.load_float(whole), width)),  # noqa: ARG005
+        )
 
     def _teacher_checkpoint(self, config: TeacherConfig) -> Checkpoint:
         if config.train is not None:

@@ -27,6 +27,7 @@ from edgekd.data.boxes import LARGEST_PX
 from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
 from edgekd.distill.base import needs_teacher
+from edgekd.distill.slimseg import SlimsegConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
 from edgekd.errors import EdgekdError
@@ -100,6 +101,8 @@ class DeployConfig(Config):
     {kind: hybrid}`, and computes what was trained in float operations: it shows what the bits cost, and saves no time."""
     models: list[Role] = Field(default=["student"], min_length=1)
     """Whose engines; the teacher and the student trained alone are float32 only."""
+    widths: list[float] | None = None
+    """Of a student that slimseg has trained at several widths: those that get engines; null takes all."""
     target: Literal["local"] = "local"
     """Where they are built and measured."""
     allow_fallback: bool = False
@@ -201,7 +204,36 @@ def parse(document: Document) -> Recipe:
 
 def check(recipe: Recipe) -> list[Problem]:
     """What one section demands of another."""
-    return [*_check_task(recipe), *_check_teacher(recipe), *_check_order(recipe), *_check_deploy(recipe), *_check_budget(recipe)]
+    return [
+        *_check_task(recipe),
+        *_check_teacher(recipe),
+        *_check_order(recipe),
+        *_check_widths(recipe),
+        *_check_deploy(recipe),
+        *_check_budget(recipe),
+    ]
+
+
+def student_widths(recipe: Recipe) -> tuple[float, ...]:
+    """The widths of the finished student, the widest first; none where it is an ordinary network or has learnt one width only."""
+    return models.widths(recipe.student.model) if last_slimming(recipe) is not None else ()
+
+
+def last_slimming(recipe: Recipe) -> int | None:
+    """The last stage that trains the student at several widths; after it every width is a network of its own."""
+    found = [number for number, stage in enumerate(recipe.stages) if isinstance(getattr(stage, "method", None), SlimsegConfig)]
+    return found[-1] if found else None
+
+
+def role_at(width: float) -> str:
+    """Whose a model is that is the student at a width: ``student`` at the full one, ``student@0.5`` at half of it."""
+    return "student" if width == 1 else f"student@{width:g}"
+
+
+def deployed_roles(recipe: Recipe, entry: DeployConfig) -> list[str]:
+    """Whose engines an entry of deploy asks for, every width of the student for itself."""
+    own = [role_at(width) for width in entry.widths or student_widths(recipe)] or ["student"]
+    return [found for role in entry.models for found in (own if role == "student" else [role])]
 
 
 def _check_task(recipe: Recipe) -> list[Problem]:
@@ -329,6 +361,36 @@ def _check_order(recipe: Recipe) -> list[Problem]:
                     "no engine in int8 is deployed whose latency could be measured",
                     "add a deploy entry with int8, or give size_mb or bops_g",
                 )
+            )
+    return problems
+
+
+def _check_widths(recipe: Recipe) -> list[Problem]:
+    """A slimmable student is pruned and quantized one width at a time; and the widths that are deployed exist."""
+    try:
+        slimmable, widths = models.widths(recipe.student.model), student_widths(recipe)
+    except EdgekdError:
+        return []  # of arguments that cannot be: preflight says so
+    problems = []
+    last = last_slimming(recipe)
+    for number, stage in enumerate(recipe.stages):
+        if slimmable and isinstance(stage, PruneConfig | QuantizeConfig | PtqConfig) and (last is None or number < last):
+            problems.append(
+                Problem(
+                    ("stages", number, "kind"),
+                    f"{stage.kind} needs an ordinary network, and {recipe.student.model.name} runs at several widths",
+                    "put a distill stage with the method slimseg before it, and none after: it makes a network of every width",
+                )
+            )
+    for number, entry in enumerate(recipe.deploy):
+        path: Path_ = ("deploy", number, "widths")
+        if entry.widths is not None and ("student" not in entry.models or not widths):
+            message = "the student has one width" if "student" in entry.models else "widths are the student's"
+            problems.append(Problem(path, f"{message}, so there is nothing to choose", "remove this key"))
+        elif entry.widths is not None and (len(set(entry.widths)) != len(entry.widths) or not set(entry.widths) <= set(widths)):
+            allowed = ", ".join(f"{width:g}" for width in widths)
+            problems.append(
+                Problem(path, f"{entry.widths}: not all are different widths of the student", f"its widths: {allowed}")
             )
     return problems
 
