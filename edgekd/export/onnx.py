@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from edgekd.engines import graph
 from edgekd.engines.onnx_layers import PATH, sizes
 from edgekd.errors import ExportError
+from edgekd.export import pooling, qdq
 from edgekd.export.bisect import mark, scopes
-from edgekd.export.qdq import translations
 
 INPUT = "images"
 _OURS = ("quantizers.", "taps.")
@@ -63,7 +63,7 @@ def export(
                 module,
                 examples,
                 dynamo=True,
-                custom_translation_table=translations(),
+                custom_translation_table={**qdq.translations(), **pooling.translations()},
                 dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in examples) if batch is None else None,
                 input_names=list(input_names),
                 output_names=list(output_names),
