@@ -9,8 +9,7 @@ loss: no labels (``task_weight: 0``), no temperature, no features, no boundaries
 its gradient makes the student's map more decided than the teacher's: that is the published form.
 
 Differs from the official code: unlabelled images are those of the training split without a mask (``data.labelled``), not 80,000
-of ImageNet; images of a batch have one size, that of ``data.size_px``, and not one of five drawn for each batch; the weights go
-on for as many side outputs as there are.
+of ImageNet; the weights go on for as many side outputs as there are. Batches of several sizes are ``data.augment.shrink``.
 
 Shape letters: B images, S maps, H rows, W columns.
 """

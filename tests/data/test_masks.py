@@ -160,6 +160,30 @@ def test_a_mask_goes_where_its_pixels_go(options):
         assert (images[~counted] == augment_masks.GREY).all()
 
 
+def test_batches_have_sides_of_their_own():
+    """Of 352 pixels the published 224, 256, 288, 320 and 352, equally often; images and masks alike."""
+    config = MaskAugmentConfig(shrink=1 - 224 / 352)
+    shares = np.linspace(0, 1, 500, endpoint=False)
+    found = [config.sides(352, 352, share) for share in shares]
+    assert {side: found.count((side, side)) for side in (224, 256, 288, 320, 352)} == dict.fromkeys(
+        (224, 256, 288, 320, 352), 100
+    )
+    assert {MaskAugmentConfig(shrink=0.5).sides(176, 240, share) for share in shares} == {(96, 128), (128, 160), (160, 224)}
+    assert MaskAugmentConfig().sides(176, 240, 0.5) == (176, 240)
+    assert MaskAugmentConfig(shrink=0.5).sides(16, 48, 0.5) == (16, 48), "nothing smaller is allowed"
+    large = np.random.default_rng(1).integers(0, 3, (1, 6, 8)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
+    data = Split("train", (large[..., None] * 100).repeat(3, 3), large)
+    sizes = set()
+    for seed in range(12):
+        choice = augment_masks.draw(2, torch.Generator().manual_seed(seed))
+        images, labels = augment_masks.transform(data, np.zeros(2, np.int64), MaskAugmentConfig(shrink=0.7), choice)
+        assert images.shape == (2, *labels.shape[1:], 3)
+        near = (images[..., 0].float() / 100 - labels.float()).abs() < 0.1
+        assert near.float().mean() > 0.6, "all but the edges, which are smooth in the image"
+        sizes.add(tuple(labels.shape[1:]))
+    assert sizes == {(32, 32), (64, 96), (96, 128)}
+
+
 def test_colours_leave_masks_alone():
     data = split()
     choice = augment_masks.draw(4, torch.Generator().manual_seed(0))
@@ -170,14 +194,14 @@ def test_colours_leave_masks_alone():
 
 def test_two_processes_share_the_batch_of_one():
     data = split()
-    data = Split("train", data.images.repeat(8, 0), data.labels.repeat(8, 0))
+    data = Split("train", data.images.repeat(8, 0).repeat(2, 1), data.labels.repeat(8, 0).repeat(2, 1))
 
     def batches(rank, world_size):
         return epoch_batches(
             data,
             4,
             generator=torch.Generator().manual_seed(3),
-            augment=MaskAugmentConfig(scale=0.5, flip=True),
+            augment=MaskAugmentConfig(scale=0.5, flip=True, shrink=0.5),
             mean=(0.5,) * 3,
             std=(0.2,) * 3,
             drop_last=True,
@@ -189,8 +213,8 @@ def test_two_processes_share_the_batch_of_one():
         for index in (0, 1):
             assert torch.equal(whole[index], torch.cat([one[index], other[index]]))
     images, labels = next(iter(eval_batches(data, 3, mean=(0.5,) * 3, std=(0.2,) * 3)))
-    assert images.shape == (3, 3, HEIGHT, WIDTH)
-    assert labels.shape == (3, HEIGHT, WIDTH)
+    assert images.shape == (3, 3, 2 * HEIGHT, WIDTH)
+    assert labels.shape == (3, 2 * HEIGHT, WIDTH)
 
 
 def test_masks_that_are_pictures(tmp_path):
