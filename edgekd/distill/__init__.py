@@ -10,6 +10,7 @@ from edgekd.distill.fakd import FakdConfig
 from edgekd.distill.generalizable_msan import GeneralizableMsanConfig
 from edgekd.distill.graph_flow import GraphFlowConfig
 from edgekd.distill.hcl import HclConfig
+from edgekd.distill.idd import IddConfig
 from edgekd.distill.kd_scfnet import KdScfnetConfig
 from edgekd.distill.logits import LogitsConfig
 from edgekd.distill.ost import OstConfig
@@ -33,6 +34,7 @@ METHODS: tuple[type[Config], ...] = (
     GraphFlowConfig,
     TranskdConfig,
     FakdConfig,
+    IddConfig,
 )
 
 MethodConfig = Annotated[
@@ -48,7 +50,8 @@ MethodConfig = Annotated[
     | KdScfnetConfig
     | GraphFlowConfig
     | TranskdConfig
-    | FakdConfig,
+    | FakdConfig
+    | IddConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""

@@ -83,6 +83,7 @@ PAIRINGS: dict[str, Pairing] = {
     ),
     "transkd": Pairing(segformer(2), segformer(4), Segmentation(toy.CLASSES), toy.scenes, arguments={"variant": "ea"}),
     "fakd": MASKS,
+    "idd": dataclasses.replace(MASKS, arguments={"position_epochs": 1}),
 }
 """Method -> what it is tried on, where that is not two classifiers."""
 
