@@ -58,7 +58,7 @@ class MasksConfig(Config):
     """Images carved out of train for val where no split is given for it; at most a tenth of train."""
     labelled: float = Field(default=1.0, gt=0, le=1)
     """Share of the training images that keep their labels, always the same images; no pixel of the others counts: for methods
-    that learn from unlabelled images too."""
+    that learn from unlabelled images too. What learns from labels alone, such as the teacher, does not see the others."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many images per split, for a quick try; always the same ones."""
     cache: Literal["disk", "memory"] = "disk"
