@@ -65,7 +65,17 @@ LABELS_OF = {
     "callable_masks": "masks",
 }
 """Kind of data -> its labels."""
-SEGMENTERS = ("unet", "slim_unet", "mobile_unet", "fanet", "segformer_b0", "segformer_b1", "segformer_b2")
+SEGMENTERS = (
+    "unet",
+    "slim_unet",
+    "mobile_unet",
+    "fanet",
+    "segformer_b0",
+    "segformer_b1",
+    "segformer_b2",
+    "pspnet",
+    "deeplabv3plus",
+)
 """edgekd's models that give logits for every pixel."""
 SALIENCY = ("scfnet",)
 """edgekd's models that give one map of what stands out."""

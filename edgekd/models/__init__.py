@@ -14,9 +14,11 @@ from torch import nn
 
 from edgekd.errors import RecipeError, nearest
 from edgekd.models import (
+    deeplab,
     fanet,
     mobile_unet,
     mobilenet_v2,
+    pspnet,
     resnet_cifar,
     scfnet,
     segformer,
@@ -69,6 +71,8 @@ MODELS: dict[str, Entry] = {
     "segformer_b2": Entry(segformer.segformer_b2, segformer.TAPS),
     "mobile_unet": Entry(mobile_unet.mobile_unet, mobile_unet.TAPS),
     "fanet": Entry(fanet.fanet, fanet.TAPS),
+    "pspnet": Entry(pspnet.pspnet, pspnet.TAPS),
+    "deeplabv3plus": Entry(deeplab.deeplabv3plus, deeplab.TAPS),
     "scfnet": Entry(scfnet.scfnet, scfnet.TAPS),
 }
 

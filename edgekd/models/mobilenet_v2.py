@@ -29,16 +29,17 @@ STAGES: tuple[tuple[Row, ...], ...] = (
     ((6, 160, 3, 2), (6, 320, 1, 1)),
 )
 """Per stage, rows of: expansion t, channels c, repetitions n, stride s of the first repetition."""
+OUTPUT_STRIDES = (8, 16)
 
 
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, 1x1 linear projection: [B, Cin, H, W] to [B, Cout, H/stride, W/stride]."""
 
-    def __init__(self, in_channels: int, channels: int, expansion: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, expansion: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.expand = _conv_bn_relu(in_channels, hidden, 1)
-        self.depthwise = _conv_bn_relu(hidden, hidden, 3, stride=stride, groups=hidden)
+        self.depthwise = _conv_bn_relu(hidden, hidden, 3, stride=stride, groups=hidden, dilation=dilation)
         self.project = nn.Sequential(nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels))
         self.residual = stride == 1 and in_channels == channels
 
@@ -59,22 +60,9 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, *, num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__()
-        if not width > 0:
-            raise ValueError(f"width must be above 0, got {width}")
-        channels = max(1, round(32 * width))
-        self.stem = _conv_bn_relu(in_channels, channels, 3, stride=2)
-        stages = []
-        for rows in STAGES:
-            blocks = []
-            for expansion, base, repetitions, stride in rows:
-                out_channels = max(1, round(base * width))
-                for index in range(repetitions):
-                    blocks.append(InvertedResidual(channels, out_channels, expansion, stride if index == 0 else 1))
-                    channels = out_channels
-            stages.append(nn.Sequential(*blocks))
-        self.stage1, self.stage2, self.stage3, self.stage4 = stages
+        self.stem, (self.stage1, self.stage2, self.stage3, self.stage4), channels = _trunk(in_channels, width, 16)
         last = round(1280 * max(1.0, width))
-        self.head = _conv_bn_relu(channels, last, 1)
+        self.head = _conv_bn_relu(channels[-1], last, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(1)
         self.fc = nn.Linear(last, num_classes)
@@ -86,8 +74,60 @@ class MobileNetV2(nn.Module):
         return self.fc(self.flatten(self.pool(self.head(x))))
 
 
-def _conv_bn_relu(in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
+class MobileNetV2Maps(nn.Module):
+    """Images [B, in_channels, H, W] to four maps, the finest first, of strides 2, 4, 8 and 16: for networks that draw.
+
+    Args:
+        in_channels: Channels of the images.
+        width: Multiplier of all channels, above 0.
+        output_stride: Of the last map: 16; or 8, where the last stage dilates its convolutions, all but the first.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(self, in_channels: int, width: float = 1.0, output_stride: int = 16) -> None:
+        super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride must be one of {', '.join(map(str, OUTPUT_STRIDES))}; received {output_stride}")
+        self.stem, (self.stage1, self.stage2, self.stage3, self.stage4), self.channels = _trunk(in_channels, width, output_stride)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four maps."""
+        one = self.stage1(self.stem(images))
+        two = self.stage2(one)
+        three = self.stage3(two)
+        return one, two, three, self.stage4(three)
+
+
+def _trunk(in_channels: int, width: float, output_stride: int) -> tuple[nn.Module, list[nn.Sequential], tuple[int, ...]]:
+    """The stem, the four stages, and the stages' channels."""
+    if not width > 0:
+        raise ValueError(f"width must be above 0, got {width}")
+    channels = max(1, round(32 * width))
+    stem = _conv_bn_relu(in_channels, channels, 3, stride=2)
+    stages, widths, reached, dilation = [], [], 2, 1
+    for rows in STAGES:
+        blocks = []
+        for expansion, base, repetitions, stride in rows:
+            out_channels = max(1, round(base * width))
+            dilates = stride > 1 and reached >= output_stride
+            reached *= 1 if dilates else stride
+            for index in range(repetitions):
+                step = stride if index == 0 and not dilates else 1
+                blocks.append(InvertedResidual(channels, out_channels, expansion, step, dilation))
+                channels = out_channels
+                if dilates and index == 0:
+                    dilation *= stride
+        stages.append(nn.Sequential(*blocks))
+        widths.append(channels)
+    return stem, stages, tuple(widths)
+
+
+def _conv_bn_relu(
+    in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
 

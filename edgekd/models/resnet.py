@@ -1,7 +1,8 @@
 """ResNets for large images without their classifier: maps of strides 4, 8, 16 and 32 for networks that draw.
 
 He et al.: Deep Residual Learning for Image Recognition. CVPR 2016, arXiv 1512.03385, table 1; with the stride of a bottleneck in
-its 3 x 3 convolution, as everybody has it.
+its 3 x 3 convolution, as everybody has it. Stages may keep the resolution of the one before and dilate their convolutions: Chen
+et al., Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv 1706.05587.
 
 Shape letters: B images, C channels, H rows, W columns.
 """
@@ -12,18 +13,22 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-DEPTHS: dict[int, tuple[int, int, int, int]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Layers -> blocks of each stage; with 50, blocks are bottlenecks."""
-BOTTLENECKS, EXPANSION = (50,), 4
+DEPTHS: dict[int, tuple[int, int, int, int]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+"""Layers -> blocks of each stage; from 50 on, blocks are bottlenecks."""
+BOTTLENECKS, EXPANSION = (50, 101), 4
+OUTPUT_STRIDES = (8, 16, 32)
 
 
 class Block(nn.Module):
     """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 in a bottleneck, and what went in, added.
 
-    [B, Cin, H, W] to [B, C, H / stride, W / stride], C four times ``channels`` in a bottleneck.
+    [B, Cin, H, W] to [B, C, H / stride, W / stride], C four times ``channels`` in a bottleneck. ``dilations`` are those of the
+    3x3 convolution with the stride and of the one behind it.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, bottleneck: bool) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, bottleneck: bool, dilations: tuple[int, int] = (1, 1)
+    ) -> None:
         super().__init__()
         if bottleneck:
             rows = [(in_channels, channels, 1, 1), (channels, channels, 3, stride), (channels, EXPANSION * channels, 1, 1)]
@@ -31,7 +36,8 @@ class Block(nn.Module):
             rows = [(in_channels, channels, 3, stride), (channels, channels, 3, 1)]
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         for number, (before, after, kernel, step) in enumerate(rows, 1):
-            parts[f"conv{number}"] = nn.Conv2d(before, after, kernel, step, kernel // 2, bias=False)
+            spread = 1 if kernel == 1 else dilations[0 if bottleneck or number == 1 else 1]
+            parts[f"conv{number}"] = nn.Conv2d(before, after, kernel, step, kernel // 2 * spread, spread, bias=False)
             parts[f"norm{number}"] = nn.BatchNorm2d(after)
             if number < len(rows):
                 parts[f"act{number}"] = nn.ReLU()
@@ -50,33 +56,38 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [B, in_channels, H, W] to four maps, the finest first, of strides 4, 8, 16 and 32.
+    """Images [B, in_channels, H, W] to four maps, the finest first, of strides 4, 8, 16 and 32, none above ``output_stride``.
 
     Args:
         in_channels: Channels of the images.
-        layers: 18, 34 or 50.
+        layers: 18, 34, 50 or 101.
         width: Channels of the first convolution, doubled at every stage; 64 is the published number.
+        output_stride: Of the last map: 32, or 16 or 8, behind which convolutions dilate instead; what they compute at the
+            coarser grid's places stays the same.
 
     Raises:
         ValueError: There is no such net.
     """
 
-    def __init__(self, in_channels: int, layers: int = 50, width: int = 64) -> None:
+    def __init__(self, in_channels: int, layers: int = 50, width: int = 64, output_stride: int = 32) -> None:
         super().__init__()
         if layers not in DEPTHS or width < 1:
             raise ValueError(f"layers must be one of {', '.join(map(str, DEPTHS))}, width at least 1; received {layers}, {width}")
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride must be one of {', '.join(map(str, OUTPUT_STRIDES))}; received {output_stride}")
         bottleneck = layers in BOTTLENECKS
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         )
-        stages, channels, widths = [], width, []
+        stages, channels, widths, dilation = [], width, [], 1
         for number, blocks in enumerate(DEPTHS[layers]):
             inner = width * 2**number
             out = inner * (EXPANSION if bottleneck else 1)
-            steps = [1 if number == 0 else 2] + [1] * (blocks - 1)
-            stages.append(
-                nn.Sequential(*(Block(channels if i == 0 else out, inner, step, bottleneck) for i, step in enumerate(steps)))
-            )
+            finer = 2 ** (number + 2) > output_stride
+            before, dilation = dilation, dilation * (2 if finer else 1)
+            first = Block(channels, inner, 1 if number == 0 or finer else 2, bottleneck, (before, dilation))
+            rest = (Block(out, inner, 1, bottleneck, (dilation, dilation)) for _ in range(blocks - 1))
+            stages.append(nn.Sequential(first, *rest))
             channels = out
             widths.append(out)
         self.stage1, self.stage2, self.stage3, self.stage4 = stages

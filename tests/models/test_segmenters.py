@@ -15,7 +15,11 @@ from edgekd.models import ModelConfig
 from edgekd.quantize import qat
 
 SIDES = (64, 96)
-SMALL = {"segformer_b0": {"width": 8, "depths": [1, 1, 1, 1], "decoder": 16}}
+SMALL = {
+    "segformer_b0": {"width": 8, "depths": [1, 1, 1, 1], "decoder": 16},
+    "pspnet": {"width": 0.125, "decoder": 16},
+    "deeplabv3plus": {"backbone": "mobilenet_v2", "width": 0.25, "decoder": 16},
+}
 """Name -> arguments that make it quick."""
 TOLERANCE = {"float32": 1e-4, "int8": 0.25}
 """Largest difference from torch as a share of the largest logit; on integers every layer adds to it."""
