@@ -11,12 +11,15 @@ from torch import nn
 from edgekd.data.augment_masks import MaskAugmentConfig
 from edgekd.data.base import IGNORE
 from edgekd.distill.graph_flow import GraphFlowConfig, edges, graph_flow, vertices
+from edgekd.distill.stage import fit
 from edgekd.errors import RecipeError, TrainingError
 from edgekd.nn.critics import gradient_penalty
 from edgekd.nn.taps import capture
 from edgekd.tasks import Segmentation
 from edgekd.train.checkpoint import Architecture, Loaded
 from edgekd.train.hardware import ComputeConfig, make_fabric
+from edgekd.train.optim import TrainConfig
+from edgekd.train.stage import Context
 from edgekd.train.step import Outputs, StepInputs, TrainState
 
 SIDE = 64
@@ -334,6 +337,42 @@ def test_a_critic_that_diverges_is_named():
 def test_unlabelled_images_are_half_of_each_batch_where_asked():
     assert built()[2].half_labelled
     assert not built(half_labelled=False)[2].half_labelled
+
+
+def test_a_stage_with_unlabelled_images(tmp_path):
+    """12 of 16 images have no labels: an epoch has all of them and as many labelled ones, in 6 batches of 4."""
+    data = toy.scenes(train=16, size_px=SIDE)
+    data.train.labels[4:] = IGNORE
+    seen, task = [], Segmentation(toy.CLASSES)
+
+    class Watched(Segmentation):
+        def loss(self, logits, labels, *rest):
+            seen.append((labels != IGNORE).flatten(1).any(1).tolist())
+            return task.loss(logits, labels, *rest)
+
+    context = Context(
+        compute=ComputeConfig(accelerator="cpu", threads=1),
+        task=Watched(toy.CLASSES),
+        dataset=data,
+        augment=MaskAugmentConfig(flip=True),
+        seed=0,
+        search=(),
+        logs=tmp_path / "logs",
+    )
+    method = GraphFlowConfig(name="graph_flow", holistic_weight=0, paraphraser_epochs=1)
+    (record,) = fit(
+        loaded(4),
+        TrainConfig(epochs=1, batch_size=4),
+        context,
+        title="toy",
+        work=tmp_path,
+        method=method,
+        teacher=loaded(6, seed=1),
+        task_weight=1.0,
+    )
+    assert [sum(batch) for batch in seen] == [2] * 6
+    assert set(record["terms"]) == {"task", "vertices", "edges", "pixel"}
+    assert set(record["statistics"]) == {"not restored of shallow", "not restored of deep"}
 
 
 # Errors
