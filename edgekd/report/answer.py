@@ -24,7 +24,8 @@ def build(
     after = engines[compressed] if compressed is not None else None
     before = engines[reference] if reference is not None else None
     teacher = next((model for model in models if model["role"] == "teacher"), None)
-    student = next((model for model in reversed(models) if model["role"] == "student"), None)
+    product = after["role"] if after is not None else "student"
+    student = next((model for model in reversed(models) if model["role"] == product), None)
     reason = None
     if after is None:
         reason = "no engine of the student was measured"
@@ -74,16 +75,19 @@ def speedup(comparisons: list[dict[str, Any]], reference: int, engine: int) -> d
 def _compressed(engines: Engines, budget: dict[str, Any] | None) -> int | None:
     """The student's engine that the budget was held against; else the fastest on a backend that ran the teacher too, int8 or not.
 
+    Of a student with several widths the budget may choose any; else it is the full one.
     Invalid measurements come last, and the null backend, which computes nothing, is no answer.
     """
-    measured = [
+    at_any_width = [
         index
         for index, engine in enumerate(engines)
-        if engine["role"] == "student" and engine["status"] == "measured" and engine["backend"] != "null"
+        if engine["role"].partition("@")[0] == "student" and engine["status"] == "measured" and engine["backend"] != "null"
     ]
     held = next((check.get("cell") for check in (budget or {}).get("checks", [])), None)
-    if held in measured:
+    if held in at_any_width:
         return int(held)
+    # without a budget nothing says that a narrower one is good enough
+    measured = [index for index in at_any_width if engines[index]["role"] == "student"] or at_any_width
 
     def rank(index: int) -> tuple[bool, bool, float]:
         reference = _reference(engines, index)
@@ -102,6 +106,7 @@ def _reference(engines: Engines, compressed: int) -> int | None:
         if index != compressed
         and engine["status"] == "measured"
         and engine["group"] == engines[compressed]["group"]
+        and "@" not in engine["role"]  # another width of the same student is no predecessor
         and (engine["role"] != "student" or engine["precision"] == "float32")
     ]
     return min(

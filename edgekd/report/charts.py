@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edgekd.report import units, views
+from edgekd.report import units, views, widths
 
 Report = dict[str, Any]
 COLORS = ("ink", "muted", "grid", "band", "teacher", "alone", "float", "int8", "term1", "term2", "term3", "term4")
@@ -125,6 +125,46 @@ def accuracy_against_latency(report: Report) -> list[Chart]:
     xs = [engine["latency_ms"]["p50"] for engine in engines]
     layout = {"xaxis": _log(xs, "latency, p50 (ms)"), "yaxis": _axis(f"{name}{f' ({unit.strip()})' if unit else ''}")}
     return [Chart("", f"{name} against latency of {len(engines)} engines", data, layout, 400)]
+
+
+def widths_curve(report: Report) -> list[Chart]:
+    """Accuracy against latency over the widths of the student, a line for every backend and precision."""
+    curves = widths.curves(report)
+    if not curves:
+        return []
+    name = views.metric_name(report)
+    scale, unit = units.metric_scale(name)
+    data = []
+    for number, (title, points) in enumerate(curves.items()):
+        engines = [engine for _, engine in points]
+        shown = color("student", engines[0]["precision"])
+        symbol = _SYMBOLS[number % len(_SYMBOLS)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers+text",
+                "name": text(title),
+                "x": [engine["latency_ms"]["p50"] for engine in engines],
+                "y": [scale * engine["metric"]["value"] for engine in engines],
+                "text": [f"{width:g}" for width, _ in points],
+                "textposition": "top left",
+                "textfont": {"color": "@ink"},
+                "line": {"color": shown, "width": 2, "dash": _DASHES[number % len(_DASHES)]},
+                "marker": {
+                    "color": shown,
+                    "size": 10,
+                    "symbol": [symbol + ("-open" if engine["valid"] is False else "") for engine in engines],
+                },
+                "hovertemplate": f"{text(title)}, width %{{text}}<br>%{{x:.3~g}} ms, %{{y:.2f}}{unit}<extra></extra>",
+            }
+        )
+    xs = [x for line in data for x in line["x"]]
+    layout = {
+        "xaxis": _log(xs, "latency, p50 (ms)"),
+        "yaxis": _axis(f"{name}{f' ({unit.strip()})' if unit else ''}"),
+        "showlegend": True,
+    }
+    return [Chart("", f"{name} against latency over {len(report['widths'])} widths of the student", data, layout, 400)]
 
 
 def pareto(engines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgekd.report import bits, charts, facts, units, views
+from edgekd.report import bits, charts, facts, units, views, widths
 
 TEMPLATE = "report.html.j2"
 
@@ -29,10 +29,12 @@ def render(report: dict[str, Any]) -> str:
         report=report,
         views=views,
         bits=bits,
+        widths=widths,
         facts_of=facts,
         cards=cards(report),
         colors=charts.COLORS,
         charts={
+            "widths": charts.widths_curve(report),
             "accuracy": charts.accuracy_against_latency(report),
             "latency": charts.latencies(report),
             "comparisons": charts.comparisons(report),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from edgekd.report import bits, facts, units, views
+from edgekd.report import bits, facts, units, views, widths
 from edgekd.report.views import Table
 
 
@@ -27,6 +27,7 @@ def _blocks(report: dict[str, Any]) -> Iterator[str]:
         yield f"**{escape(line)}**\n"
         yield table(views.budget(report))
     yield from _list("Warnings", report["warnings"])
+    yield from _section("Widths of the student", widths.view(report))
     yield from _section("Models", views.models(report))
     yield from _section("Engines", views.engines(report))
     yield from (f"- {escape(note)}" for note in views.notes(report))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgekd.report import answer, bits, measured, units
+from edgekd.report import answer, bits, measured, units, widths
 from edgekd.report.files import Files, read_run
 
 SCHEMA = 1
@@ -43,6 +43,7 @@ def build(root: Path) -> dict[str, Any]:
         "models": models,
         "engines": engines,
         "comparisons": comparisons,
+        "widths": widths.build(models, engines),
         "budget": budget,
         "training": training,
         "layers": layers,

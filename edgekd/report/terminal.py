@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from edgekd.report import bits, units, views
+from edgekd.report import bits, units, views, widths
 from edgekd.report.views import Table
 
 WIDTH = 110
@@ -28,6 +28,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield from table(views.answer(report))
     yield from _section("models", views.models(report).without("bits (weights/activations)"))
     yield from _section("engines", views.engines(report).without("p90 ms", "mean ms", "first ms"))
+    yield from _section("widths of the student", widths.view(report))
     yield from _section("speed-ups, measured interleaved", views.comparisons(report).without("noise floor", "rounds"))
     for ladder in report["ladders"]:
         yield from _section("precision ladder", views.ladder(ladder))

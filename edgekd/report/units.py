@@ -17,6 +17,7 @@ _STAGES = {
     "prune": "pruned",
     "quantize": "quantized",
     "ptq": "quantized after training",
+    "width": "cut out of the slimmable net",
 }
 
 
@@ -111,15 +112,16 @@ def moment(value: str | None) -> str | None:
 
 
 def role(name: str) -> str:
-    """Whose model."""
-    return _ROLES.get(name, name)
+    """Whose model; of a student with several widths, which."""
+    who, at, width = name.partition("@")
+    return _ROLES.get(who, who) + (f" at width {width}" if at else "")
 
 
 def stage_title(role_name: str, stage: str) -> str:
     """A checkpoint in words: ``student, pruned``."""
-    if role_name != "student":
+    if role_name.partition("@")[0] != "student":
         return role(role_name)
-    return f"student, {_STAGES.get(stage, stage)}"
+    return f"{role(role_name)}, {_STAGES.get(stage, stage)}"
 
 
 def plain(value: object) -> str:

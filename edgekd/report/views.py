@@ -55,7 +55,10 @@ def headline(report: Report) -> str:
     if answer["compressed"] is None:
         return f"No answer yet: {answer['reason']}."
     engine, metric = report["engines"][answer["compressed"]], answer["metric"]
-    what = f"The compressed student ({engine['precision']} on {engine['group']}{_threads(engine)})"
+    at = engine["role"].partition("@")[2]
+    what = (
+        f"The compressed student{f' at width {at}' if at else ''} ({engine['precision']} on {engine['group']}{_threads(engine)})"
+    )
     if metric["compressed"] is not None:
         value = units.metric({"name": metric["name"], "value": metric["compressed"]})
     else:
@@ -96,7 +99,9 @@ def _threads(engine: dict[str, Any]) -> str:
 
 
 def _reference_words(report: Report) -> str:
-    engine = report["engines"][report["answer"]["reference"]]
+    engine, compressed = (report["engines"][report["answer"][key]] for key in ("reference", "compressed"))
+    if "@" in compressed["role"] and engine["role"] == "student":
+        return "its full width"
     return {"teacher": "the teacher", "student_alone": "the student trained alone"}.get(
         engine["role"], f"its {engine['precision']} twin"
     )
