@@ -4,7 +4,8 @@ The protocol is the shipped recipe: its data, task, models and budget. The teach
 the student is trained alone and with the method, from the same initial weights, for as many epochs; values are those of the last
 epoch, on the test split. Where the recipe finetunes the student first, both go on from the finetuned one. Where its test split is
 of another set of images than train and val, the values are those across domains, and each row has the value on val too. Methods
-whose recipes share task, data, student and budget share the students alone.
+whose recipes share task, data, student and budget share the students alone. A student with several widths is held against an
+ordinary one of its full width, and each narrower width against one of that width, trained alone for as long.
 
     EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
 
@@ -27,7 +28,9 @@ from ghost import interval
 from ruamel.yaml import YAML
 from run_recipe import RESULTS, ROOT, compress
 
+from edgekd import models
 from edgekd.artifacts import Artifact, read_artifact
+from edgekd.models import ModelConfig
 
 RUNS = ROOT / "runs" / "methods"
 ALONE, WITH = "alone", "with the method"
@@ -92,9 +95,21 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def ordinary(student: dict[str, Any], width: float = 1.0) -> dict[str, Any]:
+    """The section of the student alone: of one with several widths the ordinary network that it is at one of them."""
+    config = ModelConfig(**student["model"])
+    if not models.widths(config):
+        return student
+    arguments = models.at_width(config, width).arguments
+    given = student["model"].get("arguments", {})
+    # as a recipe of that network would have it, so that both share their results
+    return {"model": {"name": "unet", "arguments": {key: arguments[key] for key in arguments if key in given}}}
+
+
 def protocol(recipe: dict[str, Any]) -> str:
     """What students alone share: task, data, student, budget."""
-    return digest(recipe["task"], recipe["data"], recipe["student"], *(stage["train"] for stage in distilling(recipe) or ()))
+    student, stages = ordinary(recipe["student"]), distilling(recipe) or ()
+    return digest(recipe["task"], recipe["data"], student, *(stage["train"] for stage in stages))
 
 
 def teacher(recipe: dict[str, Any], threads: int) -> Artifact:
@@ -117,24 +132,33 @@ def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     assert stages is not None  # recipes() has looked
     content = {"name": "method", "seed": seed, **{key: recipe[key] for key in ("task", "data", "student")}, "stages": stages}
     out = RUNS / f"students-{protocol(recipe)}-{seed}"
-    alone = {**content, "stages": [finetuned(stage) for stage in stages]}
+    alone = {**content, "student": ordinary(recipe["student"]), "stages": [finetuned(stage) for stage in stages]}
     if master is not None:
         content["teacher"] = {"model": {**recipe["teacher"]["model"], "weights": str(master.folder / "model.safetensors")}}
+    found = trained(content, out, threads)
     students = {
         ALONE: known_alone(recipe, seed) or figures(trained(alone, out, threads)["student"]),
-        WITH: figures(trained(content, out, threads)["student"]),
+        WITH: figures(found["student"]),
     }
+    narrow = {}
+    for role, artifact in found.items():
+        if (width := role.partition("@")[2]) and role.startswith("student"):
+            one = trained({**alone, "student": ordinary(recipe["student"], float(width))}, out, threads)["student"]
+            narrow[width] = {ALONE: one.metrics["metric"]["value"], WITH: artifact.metrics["metric"]["value"]}
+    if narrow:
+        students["widths"] = narrow
     value = None if master is None else master.metrics["metric"]["value"]
     return {"seed": seed, "teacher": value, **students}
 
 
 def trained(content: dict[str, Any], out: Path, threads: int) -> dict[str, Artifact]:
-    """Role -> the last checkpoint of a run."""
+    """Role -> the last checkpoint of a run; of a student with several widths its last training, and each narrower width."""
     code = compress(content, out / f"{digest(content)}.json", out, threads)
     if code != 0:
         raise SystemExit(f"the run in {out} failed with exit code {code}")
     record = json.loads((out / "run.json").read_text())
-    return {model["role"]: read_artifact(out / model["folder"]) for model in record["models"]}
+    made = [model for model in record["models"] if (model["role"], model["stage"]) != ("student", "width")]
+    return {model["role"]: read_artifact(out / model["folder"]) for model in made}
 
 
 def figures(artifact: Artifact) -> dict[str, Any]:
@@ -171,7 +195,8 @@ def restore(name: str, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def identity(recipe: dict[str, Any]) -> str:
     """Changes where what is measured does: not with the name or the engines."""
-    return digest(protocol(recipe), recipe.get("teacher"), (distilling(recipe) or [None])[-1])
+    own = [] if ordinary(recipe["student"]) == recipe["student"] else [recipe["student"]]
+    return digest(protocol(recipe), recipe.get("teacher"), (distilling(recipe) or [None])[-1], *own)
 
 
 def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]]) -> None:
@@ -190,6 +215,10 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         "teacher": recipe.get("teacher"),
         "stage": (distilling(recipe) or [None])[-1],
         "gain": interval(gains),
+        "widths": {
+            width: interval([row["widths"][width][WITH] - row["widths"][width][ALONE] for row in rows])
+            for width in rows[0].get("widths", {})
+        },
         "relative_step_time": statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows),
         "values": rows,
     }

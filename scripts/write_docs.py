@@ -114,12 +114,15 @@ def methods() -> str:
     rows = []
     for path in sorted((RESULTS / "methods").glob("*.json")):
         result = json.loads(path.read_text())
-        values, gain = result["values"], result["gain"]
+        values = result["values"]
 
         def mean(of: Callable[[dict[str, Any]], float], values: list[dict[str, Any]] = values) -> str:
             return f"{100 * sum(of(value) for value in values) / len(values):.2f}"
 
-        low_high = "" if gain["low"] is None else f" [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]"
+        def points(gain: dict[str, Any]) -> str:
+            low_high = "" if gain["low"] is None else f" [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]"
+            return f"{100 * gain['mean']:+.2f}{low_high}"
+
         rows.append(
             (
                 f"`{result['method']}`",
@@ -128,10 +131,16 @@ def methods() -> str:
                 mean(lambda value: value["teacher"]) if values[0]["teacher"] is not None else "–",
                 mean(lambda value: value["alone"]["value"]),
                 mean(lambda value: value["with the method"]["value"]),
-                f"{100 * gain['mean']:+.2f}{low_high}",
+                points(result["gain"]),
                 f"{result['relative_step_time']:.2f}×",
             )
         )
+        for share, gain in result.get("widths", {}).items():
+            alone = mean(lambda value, share=share: value["widths"][share]["alone"])  # type: ignore[misc]
+            taught = mean(lambda value, share=share: value["widths"][share]["with the method"])  # type: ignore[misc]
+            rows.append(
+                (f"`{result['method']}`, width {share}", result["data"], str(len(values)), "–", alone, taught, points(gain), "")
+            )
     if not rows:
         return "Nothing yet.\n"
     return table(("method", "data", "seeds", "teacher", "student alone", "with the method", "gain, points", "step"), rows)
@@ -314,7 +323,11 @@ def quickstart() -> str:
     from edgekd.report import lines
 
     report = json.loads((RESULTS / "quickstart.json").read_text())["report"]
-    return "```text\n" + "\n".join(line.rstrip() for line in lines({"ladders": [], "bits": None, **report})) + "\n```\n"
+    return (
+        "```text\n"
+        + "\n".join(line.rstrip() for line in lines({"ladders": [], "bits": None, "widths": [], **report}))
+        + "\n```\n"
+    )
 
 
 def opsets() -> str:

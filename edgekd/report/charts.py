@@ -181,6 +181,7 @@ def latencies(report: Report) -> list[Chart]:
     """Per backend the empirical distribution of each engine's samples."""
     charts = []
     for group, engines in _grouped([engine for engine in _measured(report) if engine["ecdf"]], lambda e: e["group"]).items():
+        narrow = [role for role in dict.fromkeys(engine["role"] for engine in engines) if "@" in role]
         data = [
             {
                 "type": "scatter",
@@ -192,7 +193,10 @@ def latencies(report: Report) -> list[Chart]:
                     "shape": "hv",
                     "width": 2,
                     "color": color(engine["role"], engine["precision"]),
-                    "dash": "dash" if engine["precision"] == "float16" else "solid",
+                    # of a student's widths each has a dash of its own, the full one none
+                    "dash": "dash"
+                    if engine["precision"] == "float16"
+                    else _DASHES[(1 + narrow.index(engine["role"])) % len(_DASHES) if engine["role"] in narrow else 0],
                 },
                 "hovertemplate": f"{_model(engine)}<br>%{{y:.0f}} % within %{{x:.3~g}} ms<extra></extra>",
             }

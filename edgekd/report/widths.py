@@ -68,7 +68,7 @@ def view(report: Report) -> Table:
             )
         if not entry["engines"]:
             rows.append((*about, "PyTorch", units.metric(entry["metric"]), *[units.NONE] * 3))
-    return table(f"width >|params >|MACs >|engine|{metric_name(report)} >|p50 >|times as fast as the widest >|size >", rows)
+    return table(f"width|params >|MACs >|engine|{metric_name(report)} >|p50 >|times as fast as the widest >|size >", rows)
 
 
 def _speedup(report: Report, index: int) -> str:
