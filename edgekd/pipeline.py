@@ -409,7 +409,9 @@ class Run:
         from edgekd.data.paths import find
 
         weights = file_sha256(find(model.weights, self.context.search)) if model.weights is not None else None
-        inputs = {"model": model.model_dump(mode="json", exclude={"weights"}), "weights": weights}
+        inputs = {"model": model.model_dump(mode="json", exclude={"weights", "backbone_weights"}), "weights": weights}
+        if model.backbone_weights is not None:
+            inputs["backbone_weights"] = file_sha256(find(model.backbone_weights, self.context.search))
         code = code_of(model)
         return inputs if code is None else {**inputs, "code": code}
 

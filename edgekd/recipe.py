@@ -618,8 +618,9 @@ def _owners(recipe: Recipe) -> dict[str, ModelConfig]:
 def _check_weights(loaded: Loaded) -> list[Problem]:
     problems: list[Problem] = []
     for owner, model in _owners(loaded.recipe).items():
-        if (weights := model.weights) is not None:
-            problems += _attempt((owner, "model", "weights"), lambda name=weights: find(name, loaded.search))  # type: ignore[misc]
+        for key in ("weights", "backbone_weights"):
+            if (weights := getattr(model, key)) is not None:
+                problems += _attempt((owner, "model", key), lambda name=weights: find(name, loaded.search))  # type: ignore[misc]
     return problems
 
 
@@ -649,6 +650,9 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Shell | Problem:
         with shapes_only():
             # The number of classes is the data's, which is not read yet; taps do not depend on it.
             module = models.build(config, num_classes=10, in_channels=channels)
+        if config.backbone_weights is not None:
+            where = "backbone_weights"
+            models.check_backbone(module)
         where = "taps"
         # nor is their size: methods ask for channels only
         shape = Architecture(config.model_dump(mode="json"), 10, channels, EXAMPLE_PX, EXAMPLE_PX)

@@ -461,6 +461,12 @@ BAD = {
     "missing weights": Bad(
         "resnet8}", "resnet8, weights: w.safetensors}", "weights", "student.model.weights: 'w.safetensors' does not exist"
     ),
+    "missing weights of a backbone": Bad(
+        "resnet8}",
+        "resnet8, backbone_weights: w.safetensors}",
+        "backbone_weights",
+        "student.model.backbone_weights: 'w.safetensors' does not exist",
+    ),
     "weights in nobody's home": Bad(
         "resnet8}", "resnet8, weights: ~nobody-here/w.pt}", "weights", "~nobody-here/w.pt does not exist"
     ),

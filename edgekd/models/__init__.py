@@ -32,10 +32,23 @@ from edgekd.models import (
     zoo,
 )
 from edgekd.models.config import CALLABLE, ModelConfig
-from edgekd.models.weights import load_weights
+from edgekd.models.weights import check_backbone, load_backbone, load_weights
 from edgekd.nn.taps import check_paths
 
-__all__ = ["MODELS", "Entry", "ModelConfig", "at_width", "build", "fixed_channels", "load_weights", "names", "taps", "widths"]
+__all__ = [
+    "MODELS",
+    "Entry",
+    "ModelConfig",
+    "at_width",
+    "build",
+    "check_backbone",
+    "fixed_channels",
+    "load_backbone",
+    "load_weights",
+    "names",
+    "taps",
+    "widths",
+]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class ModelConfig(Config):
     what goes into that module."""
     weights: str | None = None
     """A .safetensors file, or a file that torch.save wrote from a state_dict; random weights where it is not given."""
+    backbone_weights: str | None = None
+    """Such a file of a classifier, whose trunk is the model's backbone: torchvision's ResNets, for models that have one."""
 
     @field_validator("name")
     @classmethod
@@ -58,4 +60,10 @@ class ModelConfig(Config):
             raise ValueError("name 'callable' needs call, the import path of your function: package.module:function")
         if self.name != CALLABLE and self.call is not None:
             raise ValueError(f"call belongs to name 'callable', but name is {self.name!r}; remove one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> ModelConfig:
+        if self.weights is not None and self.backbone_weights is not None:
+            raise ValueError("weights hold the backbone's too; remove backbone_weights, or weights")
         return self

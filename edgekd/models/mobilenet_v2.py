@@ -6,6 +6,8 @@ blocks keep the resolution), the first block has its expansion layer too (by 1),
 and the activation is ReLU and not ReLU6. That literature's student is ``width: 0.5`` (0.81 M parameters for 100 classes).
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from edgekd.models.initial import initialise
@@ -98,6 +100,11 @@ class MobileNetV2Maps(nn.Module):
         two = self.stage2(one)
         three = self.stage3(two)
         return one, two, three, self.stage4(three)
+
+    @staticmethod
+    def from_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a MobileNetV2 of this file without those behind its stages; torchvision's has other strides and layers."""
+        return {name: value for name, value in state.items() if not name.startswith(("head.", "fc."))}
 
 
 def _trunk(in_channels: int, width: float, output_stride: int) -> tuple[nn.Module, list[nn.Sequential], tuple[int, ...]]:

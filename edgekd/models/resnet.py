@@ -9,7 +9,9 @@ Shape letters: B images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +19,14 @@ DEPTHS: dict[int, tuple[int, int, int, int]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 
 """Layers -> blocks of each stage; from 50 on, blocks are bottlenecks."""
 BOTTLENECKS, EXPANSION = (50, 101), 4
 OUTPUT_STRIDES = (8, 16, 32)
+TORCHVISION = {
+    r"conv1\.": "stem.0.",
+    r"bn1\.": "stem.1.",
+    r"layer(\d)\.(\d+)\.conv": r"stage\1.\2.body.conv",
+    r"layer(\d)\.(\d+)\.bn": r"stage\1.\2.body.norm",
+    r"layer(\d)\.(\d+)\.downsample\.": r"stage\1.\2.short.",
+}
+"""How its names begin, and how ours do."""
 
 
 class Block(nn.Module):
@@ -100,3 +110,15 @@ class ResNet(nn.Module):
         two = self.stage2(one)
         three = self.stage3(two)
         return one, two, three, self.stage4(three)
+
+    @staticmethod
+    def from_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of torchvision's ResNet of as many layers, by the names that they have here; without its classifier's."""
+        return {_own_name(name): value for name, value in state.items() if not name.startswith("fc.")}
+
+
+def _own_name(name: str) -> str:
+    for theirs, ours in TORCHVISION.items():
+        if found := re.match(theirs, name):
+            return found.expand(ours) + name[found.end() :]
+    return name

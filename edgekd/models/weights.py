@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from edgekd.errors import DataError
+from edgekd.errors import DataError, RecipeError
 
 SHOWN = 3
 """Names of each kind of disagreement that a message lists."""
@@ -31,6 +31,39 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
         DataError: The file is missing, damaged, holds something else, or does not fit the model.
     """
     path = Path(path)
+    _fill(model, _read(path), path)
+
+
+def load_backbone(model: nn.Module, path: Path | str) -> None:
+    """Fill the model's ``backbone`` alone, from a file of a classifier: torchvision's ResNets, edgekd's ``mobilenetv2``.
+
+    Args:
+        model: Changed in place; unchanged where an error is raised.
+        path: As for :func:`load_weights`.
+
+    Raises:
+        RecipeError: The model has no backbone whose weights a classifier could give.
+        DataError: As for :func:`load_weights`.
+    """
+    check_backbone(model)
+    path, backbone = Path(path), model.backbone
+    _fill(backbone, backbone.from_classifier(_read(path)), path)  # type: ignore[arg-type,operator,union-attr]
+
+
+def check_backbone(model: nn.Module) -> None:
+    """Check that :func:`load_backbone` can fill the model.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    if not hasattr(getattr(model, "backbone", None), "from_classifier"):
+        raise RecipeError(
+            f"backbone_weights: {type(model).__name__} has no backbone that a classifier's weights fit",
+            hint="use a model on a ResNet or on MobileNetV2, or give the whole model's weights",
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DataError(
             f"the weights file {path} does not exist", hint="give the path of a .safetensors or torch state_dict file"
@@ -38,6 +71,10 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
     # Old files lack the batch norms' step counters, which no one reads at a fixed momentum.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]

@@ -107,6 +107,7 @@ def fresh(config: ModelConfig, context: Context) -> Loaded:
 
     Raises:
         DataError: The weights file is missing or does not fit.
+        RecipeError: The file is a backbone's, and the model has none.
     """
     from edgekd.data.paths import find
 
@@ -115,6 +116,8 @@ def fresh(config: ModelConfig, context: Context) -> Loaded:
     loaded = build_float(Architecture(config.model_dump(mode="json"), data.num_classes, data.channels, data.height, data.width))
     if config.weights is not None:
         models.load_weights(loaded.module, find(config.weights, context.search))
+    if config.backbone_weights is not None:
+        models.load_backbone(loaded.module, find(config.backbone_weights, context.search))
     return loaded
 
 

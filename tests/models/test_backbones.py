@@ -1,13 +1,22 @@
-"""Trunks of segmenters: the published counts, strides and dilations."""
+"""Trunks of segmenters: the published counts, strides and dilations, and weights that a classifier gives them."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+import toy
+from pydantic import ValidationError
 from torch import nn
 
-from edgekd.models import backbones
+from edgekd import models
+from edgekd.errors import DataError, RecipeError
+from edgekd.models import ModelConfig, backbones
 from edgekd.models.mobilenet_v2 import MobileNetV2Maps, mobilenetv2
 from edgekd.models.resnet import ResNet
 from edgekd.nn.flops import parameters
+from edgekd.nn.taps import run_until
+from edgekd.train.stage import fresh
 
 
 @pytest.mark.parametrize(("layers", "count"), [(18, 11_176_512), (34, 21_284_672), (50, 23_508_032), (101, 42_500_160)])
@@ -80,3 +89,94 @@ def test_the_mobile_trunk_is_the_classifiers():
 def test_arguments_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         backbones.build(arguments[0], 3, *arguments[1:])
+
+
+# -- weights of a classifier
+
+
+class TheirBlock(nn.Module):
+    """With torchvision's names, and a bottleneck where it is deep."""
+
+    def __init__(self, before, inner, stride, deep):
+        super().__init__()
+        rows = [(before, inner, 1, 1), (inner, inner, 3, stride), (inner, 4 * inner, 1, 1)]
+        rows = rows if deep else [(before, inner, 3, stride), (inner, inner, 3, 1)]
+        self.count, after = len(rows), rows[-1][1]
+        for number, (one, other, kernel, step) in enumerate(rows, 1):
+            setattr(self, f"conv{number}", nn.Conv2d(one, other, kernel, step, kernel // 2, bias=False))
+            setattr(self, f"bn{number}", nn.BatchNorm2d(other))
+        self.downsample = None
+        if stride > 1 or before != after:
+            self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x):
+        out = x
+        for number in range(1, self.count + 1):
+            out = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(out))
+            out = out if number == self.count else out.relu()
+        return (out + (x if self.downsample is None else self.downsample(x))).relu()
+
+
+class TheirResNet(nn.Module):
+    def __init__(self, deep, width=8, classes=7):
+        super().__init__()
+        self.conv1, self.bn1, before = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), width
+        for number, depth in enumerate((3, 4, 6, 3) if deep else (2, 2, 2, 2)):
+            blocks = []
+            for index in range(depth):
+                blocks.append(TheirBlock(before, width << number, 2 if number and not index else 1, deep))
+                before = (width << number) * (4 if deep else 1)
+            setattr(self, f"layer{number + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(before, classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.bn1(self.conv1(x)).relu(), 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+@pytest.mark.parametrize("layers", [18, 50])
+def test_torchvisions_weights_fill_the_backbone(layers, tmp_path):
+    torch.manual_seed(0)
+    theirs = TheirResNet(layers == 50).train()
+    images = torch.randn(2, 3, 64, 96)
+    theirs(images)  # statistics of their own
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    config = ModelConfig(
+        name="pspnet", arguments={"backbone": f"resnet{layers}", "width": 0.125, "output_stride": 32, "decoder": 8}
+    )
+    module = models.build(config, num_classes=5, in_channels=3).eval()
+    head = module.head.weight.detach().clone()
+    models.load_backbone(module, tmp_path / "w.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(module.backbone(images)[3], theirs.eval()(images))
+    assert torch.equal(module.head.weight, head), "the decoder keeps its own"
+
+
+def test_a_classifier_of_the_table_fills_the_mobile_backbone(tmp_path):
+    classifier = mobilenetv2(num_classes=10, width=0.25).eval()
+    torch.save(classifier.state_dict(), tmp_path / "w.pth")
+    config = ModelConfig(name="deeplabv3plus", arguments={"backbone": "mobilenet_v2", "width": 0.25, "decoder": 16})
+    module = models.build(config, num_classes=5, in_channels=3).eval()
+    models.load_backbone(module, tmp_path / "w.pth")
+    images = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(module.backbone(images)[3], classifier.stage4(run_until(classifier, "stage3", images)))
+
+
+def test_a_recipe_names_the_file(tmp_path):
+    theirs = TheirResNet(deep=False)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    config = ModelConfig(name="deeplabv3plus", arguments={"backbone": "resnet18", "width": 0.125}, backbone_weights="w.pth")
+    context = SimpleNamespace(seed=0, search=(tmp_path,), dataset=toy.scenes())
+    assert torch.equal(fresh(config, context).module.backbone.stem[0].weight, theirs.conv1.weight)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    torch.save(TheirResNet(deep=False).state_dict(), tmp_path / "w.pth")
+    config = ModelConfig(name="pspnet", arguments={"width": 0.25})
+    with pytest.raises(DataError, match=r"stem.0.weight \[8, 3, 7, 7\] instead of \[16, 3, 7, 7\]"):
+        models.load_backbone(models.build(config, num_classes=5, in_channels=3), tmp_path / "w.pth")
+    with pytest.raises(RecipeError, match="UNet has no backbone"):
+        models.load_backbone(models.build(ModelConfig(name="unet"), num_classes=5, in_channels=3), tmp_path / "w.pth")
+    with pytest.raises(ValidationError, match="remove backbone_weights, or weights"):
+        ModelConfig(name="pspnet", weights="a.pth", backbone_weights="b.pth")

@@ -91,6 +91,19 @@ def test_weights_come_from_a_local_file(name, suffix, tmp_path):
         assert torch.equal(second(images), first(images))
 
 
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "torchvision:resnet50"])
+def test_a_resnets_weights_fill_a_segmenters_backbone(name, tmp_path):
+    config, classifier = build(name)
+    torch.save(classifier.state_dict(), tmp_path / "w.pth")
+    arguments = {"backbone": name.partition(":")[2], "output_stride": 32, "decoder": 8}
+    module = models.build(ModelConfig(name="pspnet", arguments=arguments), num_classes=5, in_channels=3).eval()
+    models.load_backbone(module, tmp_path / "w.pth")
+    images, places = torch.randn(1, 3, 64, 64), {"stage4": models.taps(config, classifier)["stage4"]}
+    with torch.no_grad(), capture(classifier.eval(), places) as found:
+        classifier(images)
+        torch.testing.assert_close(module.backbone(images)[3], found["stage4"])
+
+
 def test_weights_for_other_classes_name_the_classifier(tmp_path):
     torch.save(build("timm:resnet18", classes=1000)[1].state_dict(), tmp_path / "imagenet.pth")
     with pytest.raises(DataError, match=r"2 of another shape: fc.weight \[1000, 512\] instead of \[7, 512\]"):
