@@ -190,7 +190,7 @@ def soft_cross_entropy_bound(
 
 def _full_bound(z_NC: Tensor, probabilities_NC: Tensor, classes_N: Tensor, pairs_KCC: Tensor) -> Tensor:
     """The bound as one product of matrices per class, in float64: products of exponentials leave float32's range."""
-    order = classes_N.argsort(stable=True)
+    order = (classes_N.byte() if len(pairs_KCC) <= 256 else classes_N).argsort(stable=True)  # bytes are sorted by counting
     counts = torch.bincount(classes_N, minlength=len(pairs_KCC)).tolist()
     z, pairs = z_NC.index_select(0, order).double(), pairs_KCC.double()
     rows, columns = z.detach().amax(1, keepdim=True), pairs.detach().amax(1, keepdim=True)
@@ -297,7 +297,8 @@ class FakdDistiller(Distiller):
         (counted,) = torch.nonzero(places < len(variance), as_tuple=True)
         if not len(counted):
             return logits.sum() * 0.0
-        p_log = (pixels(teacher).index_select(0, counted) / tau).log_softmax(1)
+        theirs = pixels(teacher).index_select(0, counted) / tau
+        p_log = theirs - theirs.logsumexp(1, keepdim=True)  # log_softmax is slow on short rows
         bound = soft_cross_entropy_bound(
             pixels(logits).index_select(0, counted),
             p_log.exp(),

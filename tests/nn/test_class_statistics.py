@@ -77,3 +77,16 @@ def test_nearest_labels(old, new):
             expected = true[:, row * old[0] // new[0], column * old[1] // new[1]]
             assert torch.equal(found[:, row, column], expected)
     torch.testing.assert_close(found.double(), torch.nn.functional.interpolate(true[:, None].double(), new)[:, 0])
+
+
+def test_several_processes_share_them(monkeypatch):
+    """Another process with an equal batch: twice as many pixels, the same mean and variance."""
+    maps, true = drawn(1, 2, 4, 4), labels(1, 4, 4)
+    alone, shared = ClassStatistics(CLASSES, 2), ClassStatistics(CLASSES, 2)
+    alone.update(maps, true)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.mul_(2))
+    shared.update(maps, true)
+    assert torch.equal(shared.count, 2 * alone.count)
+    torch.testing.assert_close(shared.mean, alone.mean)
+    torch.testing.assert_close(shared.variance, alone.variance)
