@@ -150,8 +150,12 @@ def boundary_loss(logits_BKHW: Tensor, labels_BHW: Tensor, band_BHW: Tensor) -> 
         labels_BHW: Classes; 255 does not count.
         band_BHW: bool, the pixels at borders.
     """
-    each_BHW = F.cross_entropy(at_labels(logits_BKHW, labels_BHW), labels_BHW.long(), ignore_index=IGNORE, reduction="none")
-    return _mean(each_BHW, band_BHW & (labels_BHW != IGNORE))
+    chosen_BHW = band_BHW & (labels_BHW != IGNORE)
+    if not chosen_BHW.any():
+        return 0 * logits_BKHW.sum()
+    # a band is a small part of an image: its pixels alone are looked at
+    logits_NK = at_labels(logits_BKHW, labels_BHW).permute(0, 2, 3, 1)[chosen_BHW]
+    return F.cross_entropy(logits_NK, labels_BHW[chosen_BHW].long())
 
 
 def head_loss(edges_B1HW: Tensor, band_BHW: Tensor) -> Tensor:
@@ -206,6 +210,7 @@ class SlimsegDistiller(Distiller):
         self.config, self.widths = config, widths
         self.student_taps = () if channels is None else (config.boundary_layer,)
         self.head = None if channels is None else BoundaryHead(channels, widths)
+        self._band: tuple[Tensor, Tensor] | None = None
 
     def losses(self, step: StepInputs) -> dict[str, Tensor]:
         """The terms of the width at which the student ran; ``step.teacher`` is the next wider one, None for the widest."""
@@ -217,7 +222,7 @@ class SlimsegDistiller(Distiller):
                 terms["downward"] = config.downward_weight * far
             if step.teacher is not None and not config.narrow_labels:
                 return terms
-            band = boundary_band(step.labels, config.boundary_radius_px)
+            band = self._band_of(step.labels)
             if self.head is not None:
                 edges = self.head(step.student.taps[config.boundary_layer].float())
                 terms["head"] = head_loss(edges, band)
@@ -225,6 +230,12 @@ class SlimsegDistiller(Distiller):
             if config.boundary_weight:
                 terms["boundary"] = config.boundary_weight * boundary_loss(logits, step.labels, band)
         return terms
+
+    def _band_of(self, labels: Tensor) -> Tensor:
+        """The labels' band; all widths of a step share it."""
+        if self._band is None or self._band[0] is not labels:
+            self._band = (labels, boundary_band(labels, self.config.boundary_radius_px))
+        return self._band[1]
 
     def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Every width forward and backward, the widest first, each against the logits of the one before; then one move."""
