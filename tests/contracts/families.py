@@ -213,6 +213,26 @@ class SegFormer(nn.Module):
         return self.head(self.fuse(torch.cat(maps, 1)))
 
 
+class Context(nn.Module):
+    """DeepLab's dilated convolutions, one wider than the map, and PSPNet's averages over grids that do not divide it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.near = block(3, 8, stride=2), block(8, 8)
+        self.near[0].dilation = self.near[0].padding = (2, 2)
+        self.far = block(8, 8)
+        self.far[0].dilation = self.far[0].padding = (18, 18)
+        self.grid = nn.Sequential(nn.AdaptiveAvgPool2d(3), block(8, 4, 1))
+        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU())
+        self.fuse, self.head = block(24, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        grid = F.interpolate(self.grid(x), size=x.shape[-2:], mode="bilinear", align_corners=False)
+        mean = F.interpolate(self.mean(x), size=x.shape[-2:], mode="nearest")
+        return self.head(self.fuse(torch.cat([self.near(x), self.far(x), grid, mean], 1)))
+
+
 class Excited(nn.Module):
     """MobileNetV3's squeeze and excitation with hard-sigmoid and hard-swish, and a block with SiLU."""
 
@@ -300,6 +320,7 @@ FAMILIES = {
     "vit": Family(ViT),
     "segformer": Family(SegFormer, outputs=("mask",), float_on_onnxruntime=("head",)),
     "fast-attention": Family(lambda: nn.Sequential(block(3, 8, stride=2), FastAttention(8, 4), block(8, 8), Head(8))),
+    "context": Family(Context, outputs=("mask",), float_on_onnxruntime=("head",)),
     "excitation": Family(Excited),
     "pooling": Family(Pooled),
     "outputs": Family(Outputs, outputs=("boxes", "scores"), float_on_onnxruntime=("boxes",)),
