@@ -24,8 +24,8 @@ from edgekd.models.initial import initialise
 FINE = 48
 """Channels of the fine map, where the decoder has 256; as many of any other decoder."""
 PUBLISHED = 256
-TAPS = backbones.STAGES | {"pyramid": "pyramid", "top": "decoder", "head": "head"}
-"""Role -> module path: the backbone's maps, the coarse map seen at all rates, what the classifier reads, and its scores."""
+TAPS = backbones.STAGES | {"bottom": "backbone.stage4", "pyramid": "pyramid", "top": "head@input", "head": "head"}
+"""Role -> module path: the backbone's maps, the last at all rates, what the classifier reads (behind dropout), its scores."""
 
 
 def _convolution(in_channels: int, channels: int, dilation: int, separable: bool) -> nn.Module:

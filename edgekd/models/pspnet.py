@@ -20,8 +20,8 @@ from edgekd.models import backbones
 from edgekd.models.backbones import conv_norm_act
 from edgekd.models.initial import initialise
 
-TAPS = backbones.STAGES | {"pyramid": "pyramid", "top": "fuse", "head": "head"}
-"""Role -> module path: the backbone's maps, the map with its averages, what the classifier reads, and its scores."""
+TAPS = backbones.STAGES | {"bottom": "backbone.stage4", "pyramid": "pyramid", "top": "head@input", "head": "head"}
+"""Role -> module path: the backbone's maps, the last with its averages, what the classifier reads (behind dropout), scores."""
 
 
 class Pyramid(nn.Module):

@@ -26,12 +26,12 @@ REDUCTIONS = (8, 4, 2, 1)
 EXPANSION = 4
 """Of the feed-forward part."""
 STAGES = range(1, 5)
-TAPS = (
-    {role: path for n in STAGES for role, path in ((f"embed{n}", f"stage{n}.embed"), (f"stage{n}", f"stage{n}"))}
-    | {"top": "fuse"}
-    | {"head": "head"}
-)
-"""Role -> module path: every stage's patch embeddings [B, N, C] and its map, what the classifier reads, and its scores."""
+TAPS = {role: path for n in STAGES for role, path in ((f"embed{n}", f"stage{n}.embed"), (f"stage{n}", f"stage{n}"))} | {
+    "bottom": "stage4",
+    "top": "head@input",
+    "head": "head",
+}
+"""Role -> module path: every stage's patch embeddings [B, N, C] and map, what the classifier reads (behind dropout), scores."""
 
 
 class DropPath(nn.Module):

@@ -1,6 +1,7 @@
 """The segmenters of the model table become engines, in float and on integers; U-Net is in the tests of shipped recipes."""
 
 import json
+import typing
 
 import numpy as np
 import onnx
@@ -8,11 +9,15 @@ import pytest
 import torch
 
 from edgekd import models
+from edgekd.distill.fakd import FakdConfig
+from edgekd.distill.idd import IddConfig
+from edgekd.distill.structured_kd import StructuredKdConfig
 from edgekd.engines import BACKENDS, OPTIONS, audit, build_engine, encoding_for, hardware, onnx_layers, open_engine
 from edgekd.export import onnx as exporting
 from edgekd.export.qdq import encode
 from edgekd.models import ModelConfig
 from edgekd.quantize import qat
+from edgekd.train.checkpoint import Architecture, Loaded
 
 SIDES = (64, 96)
 SMALL = {
@@ -48,6 +53,18 @@ def made(request):
 
     with torch.no_grad():
         return images, {"float32": module(images), "int8": quantized.eval()(images)}, export
+
+
+@pytest.mark.parametrize("method", [StructuredKdConfig, IddConfig, FakdConfig], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("name", SMALL)
+def test_methods_find_what_they_read(name, method):
+    """The last map before the classifier, as it is multiplied by the classifier's weights."""
+    config = ModelConfig(name=name, arguments=SMALL[name])
+    module = models.build(config, num_classes=5, in_channels=3)
+    loaded = Loaded(module, models.taps(config, module), Architecture(config.model_dump(mode="json"), 5, 3, *SIDES))
+    (label,) = typing.get_args(method.model_fields["name"].annotation)
+    assert method(name=label).build(loaded, loaded).student_taps == ("top",)
+    assert loaded.taps["top"] == "head@input"
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
