@@ -471,6 +471,8 @@ def _unfinished(cell: dict[str, Any], result: JobResult) -> dict[str, Any]:
 def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str, Any] | None:
     """Hold every measured engine of the student against the budget; the one that misses least is shown.
 
+    Of a student with several widths, the widest that is within it.
+
     Returns:
         {"limits", "checks", "ok"}, or None where the recipe has no budget.
     """
@@ -481,8 +483,8 @@ def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str
     teacher_value = _metric(root / teacher["folder"]) if teacher is not None else None
     candidates = []
     for index, cell in enumerate(record["cells"]):
-        student = cell["role"].partition("@")[0] == "student"  # at any of its widths
-        if student and cell["status"] == "measured" and cell["backend_name"] != "null":
+        role, _, width = cell["role"].partition("@")
+        if role == "student" and cell["status"] == "measured" and cell["backend_name"] != "null":
             measured, valid = _measured(root / cell["bench"], teacher_value)
             checks = [
                 {
@@ -496,10 +498,11 @@ def check_budget(recipe: Recipe, record: dict[str, Any], root: Path) -> dict[str
                 for name, allowed in limits.items()
             ]
             misses = sum(not check["ok"] for check in checks)
-            candidates.append((misses, measured["latency_ms"], checks))
+            narrowness = 0.0 if misses else -float(width or 1)
+            candidates.append((misses, narrowness, measured["latency_ms"], checks))
     if not candidates:
         return {"limits": limits, "checks": [], "ok": False}
-    misses, _, checks = min(candidates, key=lambda candidate: candidate[:2])
+    misses, _, _, checks = min(candidates, key=lambda candidate: candidate[:3])
     return {"limits": limits, "checks": checks, "ok": misses == 0}
 
 

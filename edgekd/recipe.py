@@ -112,7 +112,8 @@ class DeployConfig(Config):
     models: list[Role] = Field(default=["student"], min_length=1)
     """Whose engines; the teacher and the student trained alone are float32 only."""
     widths: list[float] | None = None
-    """Of a student that slimseg has trained at several widths: those that get engines; null takes all."""
+    """Of a student that slimseg has trained at several widths: those that get engines; null takes all. A budget takes the widest
+    that meets it."""
     target: Literal["local"] = "local"
     """Where they are built and measured."""
     allow_fallback: bool = False
@@ -231,7 +232,11 @@ def student_widths(recipe: Recipe) -> tuple[float, ...]:
 
 def last_slimming(recipe: Recipe) -> int | None:
     """The last stage that trains the student at several widths; after it every width is a network of its own."""
-    found = [number for number, stage in enumerate(recipe.stages) if isinstance(getattr(stage, "method", None), SlimsegConfig)]
+    found = [
+        number
+        for number, stage in enumerate(recipe.stages)
+        if isinstance(stage, DistillConfig) and isinstance(stage.method, SlimsegConfig)
+    ]
     return found[-1] if found else None
 
 
@@ -390,6 +395,14 @@ def _check_widths(recipe: Recipe) -> list[Problem]:
                     ("stages", number, "kind"),
                     f"{stage.kind} needs an ordinary network, and {recipe.student.model.name} runs at several widths",
                     "put a distill stage with the method slimseg before it, and none after: it makes a network of every width",
+                )
+            )
+        if isinstance(getattr(stage, "method", None), SlimsegConfig) and not isinstance(stage, DistillConfig):
+            problems.append(
+                Problem(
+                    ("stages", number, "method"),
+                    f"slimseg trains several widths at once, and {stage.kind} works on one",
+                    "choose another method, or a distill stage",
                 )
             )
     for number, entry in enumerate(recipe.deploy):

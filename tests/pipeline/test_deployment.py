@@ -32,6 +32,10 @@ def test_faster_or_no_difference_is_none():
     assert slower_than_float([FLOAT, INT8], [ratio(1, "no difference")]) == []
 
 
+def test_another_width_is_no_twin():
+    assert slower_than_float([FLOAT, INT8 | {"role": "student@0.5"}], [ratio(1, "slower")]) == []
+
+
 def test_without_its_twin_nothing_is_said():
     assert slower_than_float([INT8, TEACHER], [ratio(1, "slower")]) == []
 
@@ -40,7 +44,7 @@ def test_without_its_twin_nothing_is_said():
 def budget(tmp_path):
     """Call with limits and cells, each (backend, latency, MiB of memory, valid): the budget's outcome."""
 
-    def check(limits, *cells):
+    def check(limits, *cells, roles=()):
         record = {"models": [], "cells": []}
         for number, (backend, latency_ms, memory_mib, valid) in enumerate(cells):
             folder = tmp_path / f"bench{number}"
@@ -57,7 +61,8 @@ def budget(tmp_path):
                     }
                 )
             )
-            cell = {"role": "student", "status": "measured", "backend_name": backend, "bench": folder.name}
+            role = roles[number] if roles else "student"
+            cell = {"role": role, "status": "measured", "backend_name": backend, "bench": folder.name}
             record["cells"].append(cell)
         return check_budget(SimpleNamespace(budget=BudgetConfig(**limits)), record, tmp_path)
 
@@ -68,6 +73,21 @@ def test_a_budget_is_met_by_one_engine_within_all_limits(budget):
     found = budget({"latency_ms": 5.0, "memory_mib": 60}, ("openvino", 4.0, 90.0, True), ("onnxruntime", 4.5, 50.0, True))
     assert found["ok"]
     assert {check["cell"] for check in found["checks"]} == {1}
+
+
+def test_of_several_widths_the_widest_within_the_budget_is_shown(budget):
+    cells = [("onnxruntime", latency_ms, 50.0, True) for latency_ms in (9.0, 4.0, 2.0)]
+    roles = ("student", "student@0.5", "student@0.25")
+    found = budget({"latency_ms": 5.0}, *cells, roles=roles)
+    assert found["ok"]
+    assert found["checks"][0]["cell"] == 1
+
+
+def test_of_several_widths_that_are_too_slow_the_fastest_is_shown(budget):
+    cells = [("onnxruntime", latency_ms, 50.0, True) for latency_ms in (9.0, 4.0)]
+    found = budget({"latency_ms": 1.0}, *cells, roles=("student", "student@0.5"))
+    assert not found["ok"]
+    assert found["checks"][0]["cell"] == 1
 
 
 def test_the_null_engine_meets_no_budget(budget):

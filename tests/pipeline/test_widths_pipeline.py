@@ -112,4 +112,6 @@ def test_recipes_that_cannot_be(masks, write):
     early["stages"].insert(0, {"kind": "finetune", "train": train()})
     early["stages"].insert(1, {"kind": "prune", "ratio": 0.3, "train": train()})
     assert "prune needs an ordinary network, and slim_unet runs at several widths" in check(early, write)
+    late = recipe(masks, stages=[{"kind": "prune", "ratio": 0.3, "method": {"name": "slimseg"}, "train": train()}])
+    assert "slimseg trains several widths at once, and prune works on one" in check(late, write)
     assert "widths are the student's" in check(recipe(masks, widths=[1], models=["teacher"]), write)
