@@ -555,7 +555,7 @@ def smoke(recipe: Recipe) -> Recipe:
         # every layer of a deep network that has learnt nothing makes one step of few bits larger
         loose["max_error"] = SMOKE_ERROR
     update = {
-        "data": _few_images(recipe.data),
+        "data": _few_images(recipe.data, getattr(recipe.task, "windows", None) is not None),
         "teacher": teacher,
         "stages": stages,
         "measure": measure,
@@ -565,8 +565,11 @@ def smoke(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _few_images(data: Any) -> Any:
-    """A recipe's data section with a limit, where its kind has one; a good part of the few images keeps its labels."""
+def _few_images(data: Any, whole: bool) -> Any:
+    """A recipe's data section with a limit, where its kind has one; a good part of the few images keeps its labels.
+
+    Images with masks are small, too: networks for them take any size, and ``whole`` says that something else does not.
+    """
     update: dict[str, Any] = {}
     if "limit_per_class" in type(data).model_fields:
         update["limit_per_class"] = SMOKE_BATCH
@@ -574,12 +577,15 @@ def _few_images(data: Any) -> Any:
         update["limit"] = 2 * SMOKE_BATCH
     if isinstance(data, MasksConfig):
         update["labelled"] = max(0.75, data.labelled)
+        if not whole:
+            update["size_px"] = tuple(min(side, SMOKE_PX) for side in data.size_px)
     return data.model_copy(update=update)
 
 
 EXAMPLE_PX = 64
 """Side of the images for which models are looked at before the data is read."""
 SMOKE_BATCH = 16
+SMOKE_PX = 128
 SMOKE_ERROR = 0.6
 """An export that is wrong is further away."""
 
