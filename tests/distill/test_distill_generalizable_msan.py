@@ -227,3 +227,18 @@ def test_an_unknown_layer_is_explained():
     config = GeneralizableMsanConfig(name="generalizable_msan", layer="botom")
     with pytest.raises(RecipeError, match=r"no tap 'botom' \(did you mean 'bottom'\?\)"):
         config.build(unet(2, 0), unet(3, 1))
+
+
+def test_twins_whose_maps_come_back_teach_each_other_nothing(tmp_path):
+    """Where the header undoes the encoder, the exchanged predictions are the teacher's own."""
+    trio = Trio(tmp_path, dcgd_weight=0)
+    trio.teacher.module = trio.student.module.eval()
+    method = trio.method
+    method.san = method.tan  # of the student's width; what it computes is replaced
+    method.tan.encode, method.tan.decode = (lambda maps: maps.flatten(1)), (lambda vectors, size: vectors.view(-1, 32, *size))
+    data = trio.setting.dataset.train
+    images, net = torch.from_numpy(data.images[:4]).permute(0, 3, 1, 2) / 127.5 - 1, trio.student.module
+    with capture(net, {"bottom": "bottom"}) as taps:
+        outputs = Outputs(net(images), taps)
+    step = StepInputs(images, torch.from_numpy(data.labels[:4].copy()), outputs, outputs, 0, 0, 0.0, net, net)
+    assert method.losses(step)["dicd"].item() == pytest.approx(0, abs=1e-6)
