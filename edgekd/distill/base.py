@@ -102,14 +102,42 @@ def map_channels(
     return dict(list(found.items())[-last:]) if layers is None and last is not None else found
 
 
-def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool) -> int:
+def map_pairs(
+    student: Loaded, teacher: Loaded, layers: list[tuple[str, str]] | None, *, method: str
+) -> tuple[list[tuple[str, str]], dict[str, tuple[int, int]]]:
+    """The pairs of maps within a network that a method relates, and what :func:`map_channels` says of each of their roles.
+
+    Args:
+        student: Has as many channels in both maps of a pair.
+        teacher: Must have the same roles.
+        layers: Pairs of roles, shallow and deep; None takes the student's first map that has one like it, and the last like it.
+        method: Its name, for messages.
+
+    Raises:
+        RecipeError: As :func:`map_channels`, or a pair differs in channels, or there is none.
+    """
+    roles = None if layers is None else list(dict.fromkeys(role for pair in layers for role in pair))
+    channels = map_channels(student, teacher, roles, method=method)
+    pairs = layers or [_alike(channels, method)]
+    for shallow, deep in pairs:
+        if channels[shallow][0] != channels[deep][0]:
+            counts = " and ".join(f"{role!r} has {channels[role][0]}" for role in (shallow, deep))
+            raise RecipeError(
+                f"{method}.layers: both taps of a pair need as many channels in the student; {counts}",
+                hint="pair a stage of the encoder with one of the decoder at the same resolution",
+            )
+    return pairs, {role: channels[role] for pair in pairs for role in pair}
+
+
+def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool, least_px: int = ATTENTION_SIDE_PX) -> int:
     """The number of classes of models that answer with a score for every class at every place.
 
     Args:
         student: Its output must have the shape of the teacher's.
         teacher: The other.
         method: Its name, for messages.
-        critic: An AttentionCritic is to see them.
+        critic: A critic is to see them.
+        least_px: The shortest side that it takes.
 
     Raises:
         RecipeError: The outputs are no score maps [B, K, H, W] of one shape, or too small for the critic.
@@ -121,10 +149,23 @@ def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool) -
             f"{list(theirs)}",
             hint="it is a method for the task segmentation",
         )
-    if critic and min(ours[2:]) < ATTENTION_SIDE_PX:
+    if critic and min(ours[2:]) < least_px:
         raise RecipeError(
-            f"{method}: the critic needs score maps of at least {ATTENTION_SIDE_PX} x {ATTENTION_SIDE_PX}; the student's are "
-            f"{ours[2]} x {ours[3]}",
+            f"{method}: the critic needs score maps of at least {least_px} x {least_px}; the student's are {ours[2]} x {ours[3]}",
             hint="raise data.size_px, or set the weight of the critic's term to 0",
         )
     return ours[1]
+
+
+def _alike(channels: dict[str, tuple[int, int]], method: str) -> tuple[str, str]:
+    """The first map and the last one that has as many channels in the student."""
+    roles = list(channels)
+    for shallow in roles:
+        deep = [role for role in roles[roles.index(shallow) + 1 :] if channels[role][0] == channels[shallow][0]]
+        if deep:
+            return shallow, deep[-1]
+    raise RecipeError(
+        f"{method}: no two maps of the student have as many channels: "
+        f"{', '.join(f'{role} {ours}' for role, (ours, _) in channels.items())}",
+        hint="tap a stage of the encoder and one of the decoder that have, and name both in layers",
+    )

@@ -35,8 +35,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from edgekd._config import Config
-from edgekd.distill.base import Distiller, map_channels, score_maps
-from edgekd.errors import RecipeError
+from edgekd.distill.base import Distiller, map_pairs, score_maps
 from edgekd.nn.adversary import Adversary
 from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, adversarial_loss, score_map
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
@@ -109,18 +108,8 @@ class GraphFlowConfig(Config):
             RecipeError: The outputs are no score maps of one size, the critic cannot read them, or the layers do not fit.
         """
         classes = score_maps(student, teacher, method=self.name, critic=self.holistic_weight > 0)
-        roles = None if self.layers is None else list(dict.fromkeys(role for pair in self.layers for role in pair))
-        channels = map_channels(student, teacher, roles, method=self.name)
-        pairs = self.layers or [_alike(channels)]
-        for shallow, deep in pairs:
-            if channels[shallow][0] != channels[deep][0]:
-                counts = " and ".join(f"{role!r} has {channels[role][0]}" for role in (shallow, deep))
-                raise RecipeError(
-                    f"{self.name}.layers: both taps of a pair need as many channels in the student; {counts}",
-                    hint="pair a stage of the encoder with one of the decoder at the same resolution",
-                )
-        used = {role: channels[role] for pair in pairs for role in pair}
-        return GraphFlowDistiller(self, pairs, used, {role: teacher.taps[role] for role in used}, classes)
+        pairs, channels = map_pairs(student, teacher, self.layers, method=self.name)
+        return GraphFlowDistiller(self, pairs, channels, {role: teacher.taps[role] for role in channels}, classes)
 
 
 def vertices(maps_BCHW: Tensor, patch_px: int = 3) -> Tensor:
@@ -272,20 +261,6 @@ class GraphFlowDistiller(Distiller):
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """Tap -> the share of the teacher's map that its paraphraser could not restore."""
         return {f"not restored of {role}": share for role, share in zip(self.paraphrasers, self.lost.tolist(), strict=True)}
-
-
-def _alike(channels: dict[str, tuple[int, int]]) -> tuple[str, str]:
-    """The first map and the last one that has as many channels in the student."""
-    roles = list(channels)
-    for shallow in roles:
-        deep = [role for role in roles[roles.index(shallow) + 1 :] if channels[role][0] == channels[shallow][0]]
-        if deep:
-            return shallow, deep[-1]
-    raise RecipeError(
-        f"graph_flow: no two maps of the student have as many channels: "
-        f"{', '.join(f'{role} {ours}' for role, (ours, _) in channels.items())}",
-        hint="tap a stage of the encoder and one of the decoder that have, and name both in layers",
-    )
 
 
 def _sized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
