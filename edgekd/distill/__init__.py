@@ -6,6 +6,7 @@ from pydantic import Field
 
 from edgekd._config import Config
 from edgekd.distill.afd import AfdConfig
+from edgekd.distill.coco_distillnet import CocoDistillnetConfig
 from edgekd.distill.fakd import FakdConfig
 from edgekd.distill.generalizable_msan import GeneralizableMsanConfig
 from edgekd.distill.graph_flow import GraphFlowConfig
@@ -35,6 +36,7 @@ METHODS: tuple[type[Config], ...] = (
     TranskdConfig,
     FakdConfig,
     IddConfig,
+    CocoDistillnetConfig,
 )
 
 MethodConfig = Annotated[
@@ -51,7 +53,8 @@ MethodConfig = Annotated[
     | GraphFlowConfig
     | TranskdConfig
     | FakdConfig
-    | IddConfig,
+    | IddConfig
+    | CocoDistillnetConfig,
     Field(discriminator="name"),
 ]
 """What a distillation method is."""

@@ -83,6 +83,12 @@ PAIRINGS: dict[str, Pairing] = {
     ),
     "transkd": Pairing(segformer(2), segformer(4), Segmentation(toy.CLASSES), toy.scenes, arguments={"variant": "ea"}),
     "fakd": MASKS,
+    "coco_distillnet": dataclasses.replace(
+        MASKS,
+        arguments={"paraphraser_epochs": 1, "paraphraser_batch_size": 16},
+        # what an instance norm takes away, and what is added to all scores
+        idle=tuple(f"adversary.critic.layers.{part}.bias" for part in (2, 5, 8, 11)),
+    ),
     "idd": dataclasses.replace(MASKS, arguments={"position_epochs": 1}),
 }
 """Method -> what it is tried on, where that is not two classifiers."""
