@@ -27,7 +27,7 @@ from edgekd.errors import RecipeError
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 """The published ones, the widest first."""
 _ROUNDING = 1e-6
-"""0.29 x 100 is 28.999999999999996 in floating point, and means 29."""
+"""Of a width: 0.29 x 100 is 28.999999999999996 in floating point, and 0.3333333 x 48 is 15.9999984; they mean 29 and 16."""
 
 
 def checked_widths(widths: Sequence[float]) -> tuple[float, ...]:
@@ -44,7 +44,7 @@ def checked_widths(widths: Sequence[float]) -> tuple[float, ...]:
 
 def channels_at(width: float, channels: int) -> int:
     """int(w C), and 1 at least."""
-    return max(1, int(width * channels + _ROUNDING))
+    return max(1, int((width + _ROUNDING) * channels))
 
 
 class SlimConv2d(nn.Conv2d):

@@ -35,6 +35,13 @@ def test_every_width_is_an_ordinary_unet():
                 assert macs(module, (3, 16, 24)) == macs(plain, (3, 16, 24))
 
 
+def test_a_third_may_be_written_with_seven_digits():
+    """At the bottom, 48 channels, the digits that are missing would cost a channel, and the cut net would not fit."""
+    config = ModelConfig(name="slim_unet", arguments={"width": 3, "widths": [1, 0.3333333]})
+    plain = build(models.at_width(config, 0.3333333))
+    plain.load_state_dict(plain_state(build(config), 0.3333333))
+
+
 def test_it_begins_as_the_ordinary_unet_does():
     """The same seed gives the same weights: a student alone is the same net."""
     plain = build(models.at_width(SLIM, 1.0))
