@@ -33,7 +33,7 @@ from edgekd.models import (
 )
 from edgekd.models.config import CALLABLE, ModelConfig
 from edgekd.models.weights import check_backbone, load_backbone, load_weights
-from edgekd.nn.taps import check_paths
+from edgekd.nn.taps import INPUT, check_paths
 
 __all__ = [
     "MODELS",
@@ -152,7 +152,8 @@ def taps(config: ModelConfig, model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     if config.name in MODELS:
-        found = dict(MODELS[config.name].taps)
+        places = dict(model.named_modules())  # a U-Net of less than the full depth has fewer stages
+        found = {role: place for role, place in MODELS[config.name].taps.items() if place.removesuffix(INPUT) in places}
     elif config.name != CALLABLE:
         found = zoo.taps(config.name, model)
     found.update(config.taps)

@@ -55,6 +55,13 @@ def test_it_trains_traces_and_has_its_taps():
         assert torch.equal(torch.fx.symbolic_trace(module)(images), expected)
 
 
+@pytest.mark.parametrize("name", ["unet", "slim_unet"])
+def test_a_shallower_net_has_the_taps_of_the_stages_that_it_has(name):
+    config = ModelConfig(name=name, arguments={"width": 4, "depth": 2})
+    module = models.build(config, num_classes=5, in_channels=3)
+    assert list(models.taps(config, module)) == ["stage1", "stage2", "bottom", "top"]
+
+
 @pytest.mark.parametrize("arguments", [{"depth": 0}, {"depth": 5}, {"width": 0}])
 def test_arguments_that_cannot_be(arguments):
     with pytest.raises(RecipeError, match="depth within 1 and 4"):
