@@ -103,7 +103,7 @@ class Segmentation:
         if self.hard_pixels < 1:
             each, places = each.topk(max(1, round(self.hard_pixels * len(each))))
             weights = weights[places]
-        loss = each.sum() / weights.sum()
+        loss = each.sum() / weights.sum().clamp_min(torch.finfo(each.dtype).tiny)  # classes may weigh nothing
         return loss + self.dice_weight * dice_loss(logits, labels) if self.dice_weight else loss
 
     def new_metric(self) -> Metric:

@@ -39,6 +39,15 @@ def test_cross_entropy_agrees_with_a_loop(weights, hard):
     assert task.loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_batch_of_classes_that_weigh_nothing_costs_nothing():
+    logits, labels = batch()
+    logits.requires_grad_()
+    loss = Segmentation(K, (0.0, 1.0, 1.0)).loss(logits, torch.zeros_like(labels))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
 def test_dice_agrees_with_a_loop():
     logits, labels = batch(1)
     labels[labels == 2] = 0  # a class that no pixel has
