@@ -42,7 +42,7 @@ class Split:
     images: Images
     """uint8 [N, H, W, C], read-only, possibly memory-mapped."""
     labels: Labels
-    """int64 [N], indices into the data set's classes; or boxes, float32 [N, M, 6]."""
+    """int64 [N], indices into the data set's classes; or boxes, float32 [N, M, 6]; or masks, uint8 [N, H, W]."""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -40,7 +40,7 @@ class StepInputs:
     images: Tensor
     """float32 [B, C, H, W], normalised."""
     labels: Tensor
-    """int64 [B], the ground truth."""
+    """The ground truth: int64 [B]; boxes, float32 [B, M, 6]; or masks, uint8 [B, H, W]."""
     student: Outputs
     teacher: Outputs | None
     step: int
