@@ -51,12 +51,15 @@ def make_views(images: Tensor, labels: Tensor, count: int, mean: Tensor, std: Te
     pixels = images * std + mean
     found, classes = [], []
     moved = tuple(index % 2 == 1 for index in range(count))
-    for elsewhere in moved:
-        changed, same = (photometric(pixels) - mean) / std, labels
-        if elsewhere:
-            changed, same = geometric(changed, labels)
-        found.append(changed)
-        classes.append(same)
+    with torch.autocast(
+        images.device.type, enabled=False
+    ):  # places and pixels are no features: 16 bits would shift and band them
+        for elsewhere in moved:
+            changed, same = (photometric(pixels) - mean) / std, labels
+            if elsewhere:
+                changed, same = geometric(changed, labels)
+            found.append(changed)
+            classes.append(same)
     return Views(torch.stack(found), torch.stack(classes), moved)
 
 

@@ -70,3 +70,16 @@ def test_one_seed_gives_one_result():
         results.append(make_views(images, labels, 2, MEAN, STD))
     assert torch.equal(results[0].images, results[1].images)
     assert torch.equal(results[0].labels, results[1].labels)
+
+
+def test_mixed_precision_makes_the_same_views():
+    """They are made inside of a step that is autocast."""
+    images, labels = drawn()
+    torch.manual_seed(5)
+    exact = make_views(images, labels, 2, MEAN, STD)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = make_views(images, labels, 2, MEAN, STD)
+    assert found.images.dtype == torch.float32
+    assert torch.equal(found.images, exact.images)
+    assert torch.equal(found.labels, exact.labels)
