@@ -59,7 +59,13 @@ class Distiller(nn.Module):
 
 
 def map_channels(
-    student: Loaded, teacher: Loaded, layers: list[str] | None, *, method: str, last: int | None = None
+    student: Loaded,
+    teacher: Loaded,
+    layers: list[str] | None,
+    *,
+    method: str,
+    last: int | None = None,
+    option: str = "layers",
 ) -> dict[str, tuple[int, int]]:
     """The maps that a method compares one to one: role -> channels in the student and in the teacher, in the order of execution.
 
@@ -69,6 +75,7 @@ def map_channels(
         layers: The roles; None takes every map [B, C, H, W] that both have, each place once, heads left out.
         method: Its name, for messages.
         last: With ``layers`` None, only so many of the last ones.
+        option: What the method calls ``layers``, for messages.
 
     Raises:
         RecipeError: A role is missing, is no map, or there is none.
@@ -78,7 +85,7 @@ def map_channels(
         for owner, loaded in (("student", student), ("teacher", teacher)):
             if role not in loaded.taps:
                 raise RecipeError(
-                    f"{method}.layers: the {owner} has no tap {role!r}{nearest(role, list(loaded.taps))}",
+                    f"{method}.{option}: the {owner} has no tap {role!r}{nearest(role, list(loaded.taps))}",
                     hint=f"taps of both: {', '.join(shared) or 'none'}",
                 )
     roles = list(layers) if layers is not None else shared
@@ -89,7 +96,9 @@ def map_channels(
     for role, shape in ours.items():
         if len(shape) != 4 or len(theirs[role]) != 4:
             if layers is not None:
-                raise RecipeError(f"{method}.layers: {role!r} is no map [B, C, H, W]: {list(shape)}", hint="leave it out")
+                raise RecipeError(
+                    f"{method}.{option}: {role!r} is no map [B, C, H, W]: {list(shape)}", hint="leave it out, or choose another"
+                )
         elif layers is not None or student.taps[role] not in places:
             found[role] = (shape[1], theirs[role][1])
             places.add(student.taps[role])
@@ -140,13 +149,18 @@ def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool, l
         least_px: The shortest side that it takes.
 
     Raises:
-        RecipeError: The outputs are no score maps [B, K, H, W] of one shape, or too small for the critic.
+        RecipeError: The outputs are no score maps [B, K, H, W] of one shape with K at least 2, or too small for the critic.
     """
     ours, theirs = (tap_shapes(one.module, {"output": ""}, one.architecture.example())["output"] for one in (student, teacher))
     if len(ours) != 4 or ours != theirs:
         raise RecipeError(
             f"{method} compares score maps [B, K, H, W] of one shape; the student's output is {list(ours)}, the teacher's "
             f"{list(theirs)}",
+            hint="it is a method for the task segmentation",
+        )
+    if ours[1] < 2:
+        raise RecipeError(
+            f"{method} compares classes at every place, and the models give one map",
             hint="it is a method for the task segmentation",
         )
     if critic and min(ours[2:]) < least_px:

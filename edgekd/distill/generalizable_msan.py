@@ -37,15 +37,15 @@ from torch import Tensor, nn
 
 from edgekd._config import Config
 from edgekd.data.base import IGNORE, Split, kind_of
-from edgekd.data.batches import epoch_batches, eval_batch_size, eval_batches
+from edgekd.data.batches import draw_from, epoch_batches, eval_batch_size, eval_batches
 from edgekd.data.views import make_views
-from edgekd.distill.base import Distiller, map_channels
+from edgekd.distill.base import Distiller, map_channels, score_maps
 from edgekd.errors import RecipeError
 from edgekd.nn.alignment import AlignmentNet, MaskAutoencoder
 from edgekd.nn.batch_norm import untracked
 from edgekd.nn.divergences import pixel_divergence
 from edgekd.nn.frechet import frechet_distance
-from edgekd.nn.taps import replace, run_until
+from edgekd.nn.taps import INPUT, replace, run_until
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
 from edgekd.train.step import StepInputs
@@ -93,7 +93,12 @@ class GeneralizableMsanConfig(Config):
     """Learning rate of these trainings (Adam)."""
 
     def build(self, student: Loaded, teacher: Loaded) -> GeneralizableMsanDistiller:
-        """The Distiller, with the alignment nets of both."""
+        """The Distiller, with the alignment nets of both.
+
+        Raises:
+            RecipeError: The models' outputs are no score maps of one shape, or they have no such layer that can be exchanged.
+        """
+        score_maps(student, teacher, method=self.name, critic=False)
         return GeneralizableMsanDistiller(self, student, teacher)
 
 
@@ -122,7 +127,8 @@ def graphs(vectors_VBD: Tensor, scope: Literal["image", "batch"] = "image") -> t
     units_BVD = F.normalize(vectors_VBD, dim=2).transpose(0, 1)
     intra_BK = (units_BVD[:, :1] * units_BVD[:, 1:]).sum(2)
     views = units_BVD[:, 1:] if scope == "image" else units_BVD[:, 1:].flatten(0, 1)[None]
-    inter = views @ views.transpose(1, 2)
+    with torch.autocast(views.device.type, enabled=False):  # 16 bits would round what the views differ by
+        inter = views @ views.transpose(1, 2)
     count = inter.shape[1]
     others = ~torch.eye(count, dtype=torch.bool, device=inter.device)
     return intra_BK, inter[:, others].view(-1, count, count - 1)
@@ -171,9 +177,15 @@ class GeneralizableMsanDistiller(Distiller):
     def __init__(self, config: GeneralizableMsanConfig, student: Loaded, teacher: Loaded) -> None:
         super().__init__()
         self.config = config
-        ((ours, theirs),) = map_channels(student, teacher, [config.layer], method=config.name).values()
+        ((ours, theirs),) = map_channels(student, teacher, [config.layer], method=config.name, option="layer").values()
         self.student_taps = self.teacher_taps = (config.layer,)
         self.student_place, self.teacher_place = student.taps[config.layer], teacher.taps[config.layer]
+        for place in (self.student_place, self.teacher_place):
+            if place.endswith(INPUT):
+                raise RecipeError(
+                    f"{config.name}.layer: {config.layer!r} is an input, {place}; only a module's output can be exchanged",
+                    hint="tap the module before it, or choose another layer",
+                )
         self.san = AlignmentNet(ours, config.student_grid, config.length)
         self.tan = AlignmentNet(theirs, config.teacher_grid, config.length)
         self.eval().requires_grad_(False)
@@ -303,6 +315,7 @@ class GeneralizableMsanDistiller(Distiller):
             mean=data.mean,
             std=data.std,
             drop_last=False,
+            pools=draw_from(data.train, "labelled"),  # the others would be aligned with the vector of an empty mask
         ):
             yield images.to(device), labels.to(device)
 

@@ -110,7 +110,7 @@ class IddConfig(Config):
         """
         classes = score_maps(student, teacher, method=self.name, critic=self.holistic_weight > 0)
         layers = None if self.layer is None else [self.layer]
-        ((role, channels),) = map_channels(student, teacher, layers, method=self.name, last=1).items()
+        ((role, channels),) = map_channels(student, teacher, layers, method=self.name, last=1, option="layer").items()
         shape = tap_shapes(student.module, {role: student.taps[role]}, student.architecture.example())[role]
         size = (shape[2], shape[3])
         if self.position_weight != 0 and min(size) < READ_PX:

@@ -9,6 +9,7 @@ import toy
 
 from edgekd import models
 from edgekd.data.augment_masks import MaskAugmentConfig
+from edgekd.data.base import IGNORE
 from edgekd.distill.generalizable_msan import GeneralizableMsanConfig, alignment, consistency, dcgd, dicd, graphs
 from edgekd.errors import RecipeError
 from edgekd.models import ModelConfig
@@ -60,6 +61,13 @@ def test_dcgd_agrees_with_loops(scope, form, rows):
     ours, theirs = pairs_of(student.tolist(), scope), pairs_of(teacher.tolist(), scope)
     expected = rows(ours[0], theirs[0]) + rows(ours[1], theirs[1])
     assert dcgd(student, teacher, scope=scope, form=form).item() == pytest.approx(expected)
+
+
+def test_dcgd_is_the_same_in_mixed_precision():
+    student, teacher = drawn(4, 3, 5).float(), drawn(4, 3, 7, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dcgd(student, teacher)
+    assert torch.equal(found, dcgd(student, teacher))
 
 
 def test_dcgd_by_hand():
@@ -225,8 +233,38 @@ def test_labels_must_be_masks(tmp_path):
 
 def test_an_unknown_layer_is_explained():
     config = GeneralizableMsanConfig(name="generalizable_msan", layer="botom")
-    with pytest.raises(RecipeError, match=r"no tap 'botom' \(did you mean 'bottom'\?\)"):
+    with pytest.raises(
+        RecipeError, match=r"generalizable_msan\.layer: the student has no tap 'botom' \(did you mean 'bottom'\?\)"
+    ):
         config.build(unet(2, 0), unet(3, 1))
+
+
+def test_an_input_can_not_be_exchanged():
+    """Said before anything is trained: not when its turn comes."""
+    pair = [Loaded(one.module, {**one.taps, "seen": "bottom.conv2@input"}, one.architecture) for one in (unet(2, 0), unet(3, 1))]
+    with pytest.raises(RecipeError, match=r"'seen' is an input, bottom\.conv2@input"):
+        GeneralizableMsanConfig(name="generalizable_msan", layer="seen").build(*pair)
+
+
+def test_one_map_has_no_classes_to_compare():
+    """A softmax over one map is 1 everywhere: the term would mean nothing, and no one would notice."""
+    config = ModelConfig(name="scfnet")
+    module = models.build(config, num_classes=2, in_channels=3)
+    net = Loaded(module, models.taps(config, module), Architecture(config.model_dump(mode="json"), 2, 3, 64, 64))
+    with pytest.raises(RecipeError, match="the models give one map"):
+        GeneralizableMsanConfig(name="generalizable_msan", layer="stage4").build(net, net)
+
+
+def test_alignment_nets_see_labelled_images_alone(tmp_path):
+    """What has no mask has no vector to be aligned with: that of an empty mask is another one's."""
+    trio = Trio(tmp_path, batch_size=2)
+    data = trio.setting.dataset
+    labels = data.train.labels.copy()
+    labels[::2] = IGNORE
+    trio.setting.dataset = dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
+    batches = [masks for _, masks in trio.method._batches(trio.setting, 0)]
+    assert sum(map(len, batches)) == 4
+    assert all((mask != IGNORE).any() for masks in batches for mask in masks)
 
 
 def test_twins_whose_maps_come_back_teach_each_other_nothing(tmp_path):
