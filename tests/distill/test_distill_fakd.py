@@ -336,6 +336,21 @@ def test_a_small_map_has_labels_and_teacher_of_its_size():
     torch.testing.assert_close(term, pixel_divergence(student.head(step.student.taps["top"]), theirs))
 
 
+class Coarse(nn.Conv2d):
+    """Convolves with other weights than those that are trained, as quantized layers do."""
+
+    def forward(self, input):
+        return self._conv_forward(input, (4 * self.weight).round() / 4, self.bias)
+
+
+def test_logits_are_those_of_the_layer_as_it_computes():
+    student = loaded()
+    student.module.head = Coarse(4, toy.CLASSES, 1)
+    _, teacher, distiller = built(student, strength=0)
+    step = inputs(student.module, teacher)
+    torch.testing.assert_close(distiller.losses(step)["fakd"], pixel_divergence(step.student.logits, step.teacher.logits))
+
+
 def test_behind_a_dropout_the_input_is_the_tap():
     student = loaded(dropout=0.5, taps={"top": "body", "last": "head@input"})
     config = FakdConfig(name="fakd", features="last")
