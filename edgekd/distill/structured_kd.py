@@ -68,7 +68,7 @@ class StructuredKdConfig(Config):
     """T: both logits of the pixel term are divided by it, and the term is multiplied by its square."""
     pair_weight: float = Field(0.5, ge=0, le=10_000)
     """lambda_pa: weight of the pair-wise term; 0 leaves it out."""
-    layers: list[str] | None = None
+    layers: list[str] | None = Field(None, min_length=1)
     """Taps whose regions are compared; null takes the last map that student and teacher share."""
     pool: Literal["max", "avg"] = "max"
     """How a region's places become one vector."""
@@ -91,7 +91,7 @@ class StructuredKdConfig(Config):
     critic_norm: Literal["batch", "tanh", "none"] = "batch"
     """What the critic does to raw logits first."""
     critic_optimizer: Literal["sgd", "adam"] = "sgd"
-    """SGD with momentum 0.9, or Adam with (0.9, 0.99); weight decay 0.0005."""
+    """SGD with momentum 0.9 and weight decay 0.0005, or as in the IFVD code Adam with (0.9, 0.99) and none."""
     critic_lr: float = Field(4e-4, gt=0, le=1)
     """The critic's learning rate at the first step."""
     score_side_px: int | None = Field(ATTENTION_SIDE_PX, ge=ATTENTION_SIDE_PX, le=2048)
@@ -241,7 +241,7 @@ class StructuredKdDistiller(Distiller):
     def _optimizer(self, owned: list[nn.Parameter]) -> torch.optim.Optimizer:
         lr = self.config.critic_lr
         if self.config.critic_optimizer == "adam":
-            return torch.optim.Adam(owned, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+            return torch.optim.Adam(owned, lr=lr, betas=BETAS)
         return torch.optim.SGD(owned, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 

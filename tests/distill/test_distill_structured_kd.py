@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import toy
+from pydantic import ValidationError
 from torch import nn
 
 from edgekd.distill.structured_kd import StructuredKdConfig, node_sides, nodes, pairwise
@@ -265,8 +266,10 @@ def test_adam_is_the_other_optimizer():
     optimizer = distiller.adversary.optimizer
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.defaults["betas"] == (0.9, 0.99)
+    assert optimizer.defaults["weight_decay"] == 0, "as published with it"
     _, _, distiller = built()
     assert isinstance(distiller.adversary.optimizer, torch.optim.SGD)
+    assert distiller.adversary.optimizer.defaults["weight_decay"] == 5e-4
     assert isinstance(distiller.adversary.critic, AttentionCritic)
 
 
@@ -295,3 +298,8 @@ def test_what_does_not_fit(student, options, message):
 
 def test_without_a_critic_small_maps_will_do():
     StructuredKdConfig(name="structured_kd", holistic_weight=0).build(loaded(4, side=32), loaded(6, side=32))
+
+
+def test_no_layers_are_no_choice():
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        StructuredKdConfig(name="structured_kd", layers=[])
