@@ -65,7 +65,7 @@ class GraphFlowConfig(Config):
     """lambda_4: weight of the pixels' divergence; 0 leaves it out."""
     pixel_reduction: PixelReduction = "mean_element"
     """What the pixels' divergence is divided by: B K H W, B H W (mean_pixel), or H W (sum_over_batch)."""
-    layers: list[tuple[str, str]] | None = None
+    layers: list[tuple[str, str]] | None = Field(None, min_length=1)
     """Pairs of taps, shallow and deep, with as many channels in the student; null takes its first map and the last like it."""
     patch_px: int = Field(3, ge=1, le=31)
     """k: side of the patch that is a vertex, odd; 9 was published for some data."""

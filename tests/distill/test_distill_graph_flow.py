@@ -404,3 +404,8 @@ def test_the_first_map_and_the_last_like_it_are_the_default():
 def test_a_patch_has_a_middle():
     with pytest.raises(ValidationError, match="its side must be odd; received 4"):
         GraphFlowConfig(name="graph_flow", patch_px=4)
+
+
+def test_no_pairs_are_no_choice():
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        GraphFlowConfig(name="graph_flow", layers=[])
