@@ -37,18 +37,16 @@ from torch import Tensor, nn
 from edgekd._config import Config
 from edgekd.distill.base import Distiller, map_pairs, score_maps
 from edgekd.nn.adversary import Adversary
-from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, adversarial_loss, score_map
+from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
 from edgekd.nn.paraphraser import Paraphraser
 from edgekd.nn.relations import cosine_similarities
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
 from edgekd.train.paraphrase import fit_paraphrasers
-from edgekd.train.step import StepInputs, TrainState, finite, train_step
+from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
 
 BETAS = (0.9, 0.99)
-POWER = 0.9
-"""The critic's learning rate falls as (1 - progress)^0.9."""
 
 
 class GraphFlowConfig(Config):
@@ -200,10 +198,8 @@ class GraphFlowDistiller(Distiller):
 
     def prepare(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> None:  # noqa: ARG002
         """Train the paraphrasers on the teacher's maps."""
-        paraphrasers: dict[str, Paraphraser] = dict(self.paraphrasers.items())  # type: ignore[arg-type]
-        self.paraphrasers.requires_grad_(True)
         lost = fit_paraphrasers(
-            paraphrasers,
+            dict(self.paraphrasers.items()),  # type: ignore[arg-type]  # they are
             teacher,
             self.places,
             setting,
@@ -212,10 +208,7 @@ class GraphFlowDistiller(Distiller):
             lr=self.config.paraphraser_lr,
             loss=self.config.paraphraser_loss,
         )
-        self.paraphrasers.requires_grad_(False)
-        for parameter in self.paraphrasers.parameters():
-            parameter.grad = None
-        self.lost.copy_(torch.tensor([lost[role] for role in self.paraphrasers]))
+        self.lost.copy_(torch.tensor(list(lost.values())))
 
     def losses(self, step: StepInputs) -> dict[str, Tensor]:
         """The student's terms; the critic is a constant in them."""
@@ -250,13 +243,9 @@ class GraphFlowDistiller(Distiller):
         terms = train_step(state, images, labels)
         if self.adversary is None:
             return terms
-        config, (ours, theirs) = self.config, self.adversary.shown()
-        loss = config.critic_weight * adversarial_loss(
-            self.adversary, theirs, ours, kind=config.adversarial, penalty_weight=config.penalty_weight
-        )
-        value = finite({"critic": loss}, state)
-        self.adversary.update(loss, state.fabric, rate=(1 - state.progress) ** POWER)
-        return {**terms, **value}
+        weight, penalty = self.config.critic_weight, self.config.penalty_weight
+        critic = critic_step(state, self.adversary, weight=weight, kind=self.config.adversarial, penalty_weight=penalty)
+        return {**terms, **critic}
 
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """Tap -> the share of the teacher's map that its paraphraser could not restore."""

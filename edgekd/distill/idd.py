@@ -39,13 +39,13 @@ from edgekd.distill.base import Distiller, map_channels, score_maps
 from edgekd.errors import RecipeError, TrainingError
 from edgekd.nn.adversary import Adversary
 from edgekd.nn.class_statistics import bins, class_sums, nearest_labels, pixels
-from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, adversarial_loss, score_map
+from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map
 from edgekd.nn.divergences import pixel_divergence
 from edgekd.nn.relations import EPSILON
 from edgekd.nn.taps import capture, tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting, epoch_seed
-from edgekd.train.step import StepInputs, TrainState, finite, train_step
+from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
 
 Metric = Literal["l2", "cosine"]
 EdgeNorm = Literal["none", "mean"]
@@ -56,7 +56,7 @@ CALIBRATED = 100
 """The step whose task loss decides the weights that are null, counted from 1."""
 HALF = 0.5
 """Of the task's loss: what a calibrated term is in that step."""
-MOMENTUM, WEIGHT_DECAY, POWER = 0.9, 5e-4, 0.9
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 READER_DECAY, STREAM = 1e-4, 11
 """The reading network's weight decay; and what is added to the seed: not the order of the student's epochs."""
 
@@ -321,11 +321,7 @@ class IddDistiller(Distiller):
             self._calibrate(terms, state)
         if self.adversary is None:
             return terms
-        ours, theirs = self.adversary.shown()
-        loss = self.config.critic_weight * adversarial_loss(self.adversary, theirs, ours)
-        value = finite({"critic": loss}, state)
-        self.adversary.update(loss, state.fabric, rate=(1 - state.progress) ** POWER)
-        return {**terms, **value}
+        return {**terms, **critic_step(state, self.adversary, weight=self.config.critic_weight)}
 
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """The weights that were used last, and the share of columns' and rows' variance that the reading network left unread."""

@@ -40,16 +40,14 @@ from edgekd._config import Config
 from edgekd.distill.base import Distiller, map_channels, score_maps
 from edgekd.errors import RecipeError
 from edgekd.nn.adversary import Adversary
-from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, adversarial_loss, score_map, with_image
+from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map, with_image
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
 from edgekd.nn.relations import cosine_similarities
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
-from edgekd.train.step import StepInputs, TrainState, finite, train_step
+from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
 
 MOMENTUM, WEIGHT_DECAY, BETAS = 0.9, 5e-4, (0.9, 0.99)
-POWER = 0.9
-"""The critic's learning rate falls as (1 - progress)^0.9."""
 MOST_NODES = 4096
 """Regions of a map: their cosines are 64 MiB an image."""
 
@@ -225,13 +223,9 @@ class StructuredKdDistiller(Distiller):
         terms = train_step(state, images, labels)
         if self.adversary is None:
             return terms
-        config, (ours, theirs) = self.config, self.adversary.shown()
-        loss = config.critic_weight * adversarial_loss(
-            self.adversary, theirs, ours, kind=config.adversarial, penalty_weight=config.penalty_weight
-        )
-        value = finite({"critic": loss}, state)
-        self.adversary.update(loss, state.fabric, rate=(1 - state.progress) ** POWER)
-        return {**terms, **value}
+        weight, penalty = self.config.critic_weight, self.config.penalty_weight
+        critic = critic_step(state, self.adversary, weight=weight, kind=self.config.adversarial, penalty_weight=penalty)
+        return {**terms, **critic}
 
     def _seen(self, images_BCHW: Tensor, logits_BKHW: Tensor) -> Tensor:
         """What the critic is shown of one model's output."""

@@ -46,7 +46,7 @@ def fit_paraphrasers(
 ) -> dict[str, float]:
     """Train paraphrasers in place on the images that have labels, augmented as the student's will be; labels are not looked at.
 
-    SGD with momentum 0.9 and weight decay 0.0002, and the schedule of :func:`rate`.
+    SGD with momentum 0.9 and weight decay 0.0002, and the schedule of :func:`rate`. Afterwards they are constants.
 
     Args:
         paraphrasers: Role -> paraphraser, on the setting's device.
@@ -68,7 +68,7 @@ def fit_paraphrasers(
     pools = draw_from(data.train, "labelled")
     batch_size = min(batch_size, epoch_length(pools) // fabric.world_size * fabric.world_size)
     steps = epoch_length(pools) // batch_size
-    parameters = [value for part in paraphrasers.values() for value in part.parameters()]
+    parameters = [value.requires_grad_(True) for part in paraphrasers.values() for value in part.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     distance = F.mse_loss if loss == "mse" else F.l1_loss
     left: dict[str, Tensor] = {}
@@ -109,4 +109,6 @@ def fit_paraphrasers(
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate(epoch * steps + number, epochs * steps, epochs * steps // 2)
             optimizer.step()
+    for value in parameters:
+        value.requires_grad_(False).grad = None
     return {role: float(error / variance.clamp_min(1e-12)) for role, (error, variance) in left.items()}
