@@ -37,6 +37,7 @@ from edgekd.errors import RecipeError
 from edgekd.nn.adversary import Adversary
 from edgekd.nn.critics import PATCH_SIDE_PX, PatchCritic, score_map, with_image
 from edgekd.nn.paraphraser import Paraphraser
+from edgekd.nn.precision import exact
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
 from edgekd.train.paraphrase import fit_paraphrasers
@@ -149,7 +150,7 @@ def correlation_loss(
         sizes = [[min(sides) for sides in zip(*sizes, strict=True)]] * 2
     networks = []
     for maps in (student, tuple(one.detach() for one in teacher)):
-        pooled = [F.adaptive_avg_pool2d(_exact(one), (size[0], size[1])) for one, size in zip(maps, sizes, strict=True)]
+        pooled = [F.adaptive_avg_pool2d(exact(one), (size[0], size[1])) for one, size in zip(maps, sizes, strict=True)]
         shallow_BCN, deep_BCN = (place_vectors(one, normalise) for one in pooled)
         if kind == "selfcorr":  # (a^T a)(b^T b) / N = ((b a^T / N) a)^T b
             shallow_BCN = deep_BCN @ shallow_BCN.transpose(1, 2) @ shallow_BCN / shallow_BCN.shape[2]
@@ -159,7 +160,7 @@ def correlation_loss(
     x = torch.cat([theirs_shallow, ours_shallow], 1)
     y = torch.cat([theirs_deep, -ours_deep], 1)
     squares = ((x @ x.transpose(1, 2)) * (y @ y.transpose(1, 2))).sum()
-    return (squares / (len(x) * x.shape[2] * y.shape[2])).to(_exact(student[0]).dtype)
+    return (squares / (len(x) * x.shape[2] * y.shape[2])).to(exact(student[0]).dtype)
 
 
 class CocoDistillnetDistiller(Distiller):
@@ -249,8 +250,3 @@ class CocoDistillnetDistiller(Distiller):
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """Tap -> the share of the teacher's map that its paraphraser could not restore."""
         return {f"not restored of {role}": share for role, share in zip(self.paraphrasers, self.lost.tolist(), strict=True)}
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

@@ -39,6 +39,7 @@ from edgekd.distill.base import Distiller, score_maps
 from edgekd.errors import RecipeError, nearest
 from edgekd.nn.class_statistics import ClassStatistics, bins, nearest_labels, pixels
 from edgekd.nn.divergences import pixel_divergence
+from edgekd.nn.precision import exact
 from edgekd.nn.taps import capture
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.step import StepInputs
@@ -275,8 +276,8 @@ class FakdDistiller(Distiller):
         head = step.student_net.get_submodule(self.head)
         assert isinstance(head, nn.Conv2d)  # classifier() has looked
         with torch.autocast(step.images.device.type, enabled=False):
-            features = _exact(step.student.taps[self.config.features])
-            teacher = _exact(step.teacher.logits.detach())
+            features = exact(step.student.taps[self.config.features])
+            teacher = exact(step.teacher.logits.detach())
             labels = nearest_labels(known_classes(step.labels, teacher), (features.shape[2], features.shape[3]))
             if teacher.shape[2:] != features.shape[2:]:
                 teacher = F.interpolate(teacher, features.shape[2:], mode="bilinear", align_corners=False)
@@ -310,8 +311,3 @@ class FakdDistiller(Distiller):
             form=surrogate,
         )
         return tau**2 * (bound + (p_log.exp() * p_log).sum(1)).mean()
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

@@ -40,6 +40,7 @@ from edgekd.nn.adversary import Adversary
 from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
 from edgekd.nn.paraphraser import Paraphraser
+from edgekd.nn.precision import exact
 from edgekd.nn.relations import cosine_similarities
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
@@ -152,7 +153,7 @@ def graph_flow(
         edge: What an edge is.
         reduction: Over an image; over the batch it is a mean.
     """
-    maps = [_exact(one) for one in (*student, *(one.detach() for one in teacher))]
+    maps = [exact(one) for one in (*student, *(one.detach() for one in teacher))]
     size = tuple(min(sides) for sides in zip(*(one.shape[2:] for one in maps), strict=True))
     found = [vertices(_sized(one, size), patch_px) for one in maps]
     joined = [edges(one, edge) for one in found]
@@ -254,8 +255,3 @@ class GraphFlowDistiller(Distiller):
 
 def _sized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least: edges grow with the fourth power of what a map has."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

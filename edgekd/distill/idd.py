@@ -41,6 +41,7 @@ from edgekd.nn.adversary import Adversary
 from edgekd.nn.class_statistics import bins, class_sums, nearest_labels, pixels
 from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map
 from edgekd.nn.divergences import pixel_divergence
+from edgekd.nn.precision import exact
 from edgekd.nn.relations import EPSILON
 from edgekd.nn.taps import capture, tap_shapes
 from edgekd.train.checkpoint import Loaded
@@ -182,8 +183,8 @@ def inter_class_distance(
     """
     size = (student_BCHW.shape[2], student_BCHW.shape[3])
     labels = nearest_labels(labels_Bhw, size)
-    ours, counts = class_means(_exact(student_BCHW), labels, classes, scope)
-    theirs, _ = class_means(_resized(_exact(teacher_BCHW.detach()), size), labels, classes, scope)
+    ours, counts = class_means(exact(student_BCHW), labels, classes, scope)
+    theirs, _ = class_means(_resized(exact(teacher_BCHW.detach()), size), labels, classes, scope)
     found = []
     for own, other, there in zip(ours, theirs, counts >= least_pixels, strict=True):
         if there.sum() >= 2:
@@ -273,7 +274,7 @@ class IddDistiller(Distiller):
         for images in self._images(setting):
             with torch.no_grad(), setting.fabric.autocast(), capture(teacher, {self.role: self.place}) as maps:
                 teacher(images.to(setting.fabric.device))
-            read = self.reader(_resized(_exact(maps[self.role]), self.size))
+            read = self.reader(_resized(exact(maps[self.role]), self.size))
             loss = F.mse_loss(read, true.expand_as(read))
             if not loss.isfinite():
                 raise TrainingError(f"the loss of reading positions is {loss.item()}", hint="lower method.position_lr")
@@ -305,7 +306,7 @@ class IddDistiller(Distiller):
                     least_pixels=config.least_pixels,
                 )
             if self.reader is not None:
-                terms["position"] = self.weights[1] * self._position(_exact(ours), _exact(theirs.detach()))
+                terms["position"] = self.weights[1] * self._position(exact(ours), exact(theirs.detach()))
             if config.pixel_weight:
                 logits = (step.student.logits, step.teacher.logits)
                 terms["pixel"] = config.pixel_weight * pixel_divergence(*logits, reduction="mean_element")
@@ -375,8 +376,3 @@ class IddDistiller(Distiller):
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, as maps of features are."""
     return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

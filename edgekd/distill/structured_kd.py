@@ -42,6 +42,7 @@ from edgekd.errors import RecipeError
 from edgekd.nn.adversary import Adversary
 from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map, with_image
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
+from edgekd.nn.precision import exact
 from edgekd.nn.relations import cosine_similarities
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
@@ -156,7 +157,7 @@ def pairwise(
         A scalar, 0 for equal maps and at most 4.
     """
     size = teacher_BCHW.shape[2:]
-    ours, theirs = _exact(student_BCHW), _exact(teacher_BCHW.detach())
+    ours, theirs = exact(student_BCHW), exact(teacher_BCHW.detach())
     if ours.shape[2:] != size:
         ours = F.interpolate(ours, size=size, mode="bilinear", align_corners=True)
     sides = node_sides(size[0], size[1], scale=scale, px=px)
@@ -242,8 +243,3 @@ class StructuredKdDistiller(Distiller):
 def _sides(teacher: Loaded, layers: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     shapes = tap_shapes(teacher.module, {role: teacher.taps[role] for role in layers}, teacher.architecture.example())
     return {role: (shape[2], shape[3]) for role, shape in shapes.items()}
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from edgekd.nn.precision import exact
+
 
 def nearest_labels(labels_BHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels of another size, whose row i is the row floor(i * height / new height); columns likewise. No class is made up."""
@@ -77,7 +79,7 @@ class ClassStatistics(nn.Module):
             maps_BDHW: [B, D, H, W].
             labels_BHW: [B, H, W], the maps' size; pixels of other labels than 0 .. K - 1 do not count.
         """
-        values, labels = pixels(maps_BDHW.to(torch.promote_types(maps_BDHW.dtype, torch.float32))), labels_BHW.flatten()
+        values, labels = pixels(exact(maps_BDHW)), labels_BHW.flatten()
         count, sums = (_over_processes(part.double()) for part in class_sums(values, labels, len(self.count)))
         mean = sums / count.clamp_min(1)[:, None]
         # Centred first: the mean of squares minus the squared mean cancels where the mean is large.

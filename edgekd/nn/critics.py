@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgekd.nn.precision import exact
 from edgekd.nn.relations import resized
 
 EPSILON = 1e-12
@@ -164,7 +165,7 @@ def score_map(logits_BKHW: Tensor, side_px: int | None) -> Tensor:
 
     The ratio of the sides stays. A critic of full-resolution logits costs more than the student that it teaches.
     """
-    logits, (height, width) = logits_BKHW.to(torch.promote_types(logits_BKHW.dtype, torch.float32)), logits_BKHW.shape[2:]
+    logits, (height, width) = exact(logits_BKHW), logits_BKHW.shape[2:]
     if side_px is None or min(height, width) <= side_px:
         return logits
     return resized(logits, [round(side * side_px / min(height, width)) for side in (height, width)])

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from edgekd.nn.precision import exact
 
 PixelReduction = Literal["mean_pixel", "sum_over_batch", "mean_element"]
 """What the sum over all places is divided by: B H W, H W, or B C H W."""
@@ -25,7 +26,7 @@ def channel_divergence(student_BCHW: Tensor, teacher_BCHW: Tensor, temperature: 
         teacher_BCHW: The same shape; no gradient flows into it.
         temperature: T, above 0: values are divided by it.
     """
-    ours, theirs = (_exact(maps).flatten(2) / temperature for maps in (student_BCHW, teacher_BCHW.detach()))
+    ours, theirs = (exact(maps).flatten(2) / temperature for maps in (student_BCHW, teacher_BCHW.detach()))
     far = F.kl_div(ours.log_softmax(2), theirs.log_softmax(2), reduction="sum", log_target=True)
     return far * temperature**2 / (ours.shape[0] * ours.shape[1])
 
@@ -52,12 +53,7 @@ def pixel_divergence(
         A scalar, at least 0.
     """
     batch, channels, height, width = student_BCHW.shape
-    ours, theirs = (F.log_softmax(_exact(maps) / temperature, 1) for maps in (student_BCHW, teacher_BCHW.detach()))
+    ours, theirs = (F.log_softmax(exact(maps) / temperature, 1) for maps in (student_BCHW, teacher_BCHW.detach()))
     far = F.kl_div(ours, theirs, reduction="sum", log_target=True) if form == "kl" else -(theirs.exp() * ours).sum()
     counts = {"mean_pixel": batch, "sum_over_batch": 1, "mean_element": batch * channels}
     return far * temperature**2 / (counts[reduction] * height * width)
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least: exponentials and their sums lose too much in 16 bits."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

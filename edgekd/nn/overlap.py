@@ -5,9 +5,10 @@ Shape letters: B images, C maps of an image, H rows, W columns.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from edgekd.nn.precision import exact
 
 SMOOTHING = 1.0
 """Added above and below, so that two empty maps cover each other."""
@@ -22,7 +23,7 @@ def soft_dice_each(ours_BCHW: Tensor, theirs_BCHW: Tensor) -> Tensor:
         ours_BCHW: P, values in 0..1.
         theirs_BCHW: Q, values in 0..1, as many maps or one for all of them.
     """
-    ours, theirs = _exact(ours_BCHW), _exact(theirs_BCHW)
+    ours, theirs = exact(ours_BCHW), exact(theirs_BCHW)
     both = (ours * theirs).sum((2, 3))
     sizes = ours.sum((2, 3)) + theirs.sum((2, 3))
     return 1 - (2 * both + SMOOTHING) / (sizes + SMOOTHING)
@@ -66,12 +67,7 @@ def boundary_dice_each(ours_BCHW: Tensor, theirs_BCHW: Tensor, size_px: int, cou
         size_px: Odd: how wide a boundary is; 1 takes the edges as they are.
         counted_BCHW: True where a pixel counts.
     """
-    ours, theirs = (widened(inner_edge(_exact(maps), counted_BCHW), size_px) for maps in (ours_BCHW, theirs_BCHW))
+    ours, theirs = (widened(inner_edge(exact(maps), counted_BCHW), size_px) for maps in (ours_BCHW, theirs_BCHW))
     if counted_BCHW is not None:
         ours, theirs = ours * counted_BCHW, theirs * counted_BCHW
     return soft_dice_each(ours, theirs)
-
-
-def _exact(maps: Tensor) -> Tensor:
-    """In float32 at least: sums over an image lose too much in 16 bits."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))

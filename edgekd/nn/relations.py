@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgekd.nn.precision import exact
+
 EPSILON = 1e-12
 GRIDS = (4, 2, 1)
 """Sides of the grids, in cells; only those smaller than the map count."""
@@ -16,8 +18,7 @@ GRIDS = (4, 2, 1)
 
 def attention_map(maps_BCHW: Tensor) -> Tensor:
     """The mean over channels of the squares, in float32 at least: [B, 1, H, W]."""
-    values = maps_BCHW.to(torch.promote_types(maps_BCHW.dtype, torch.float32))
-    return values.square().mean(1, keepdim=True)
+    return exact(maps_BCHW).square().mean(1, keepdim=True)
 
 
 def unit_vectors(maps_B1HW: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def cosine_similarities(nodes_BCN: Tensor, *, detach_norm: bool = False, epsilon
         detach_norm: Take the vectors' lengths for constants: a gradient then can change the lengths too.
         epsilon: Is added to each length.
     """
-    nodes = nodes_BCN.to(torch.promote_types(nodes_BCN.dtype, torch.float32))
+    nodes = exact(nodes_BCN)
     lengths = nodes.norm(dim=1, keepdim=True)
     units = nodes / ((lengths.detach() if detach_norm else lengths) + epsilon)
     return units.transpose(1, 2) @ units
