@@ -30,7 +30,7 @@ from edgekd.distill.base import needs_teacher
 from edgekd.distill.slimseg import SlimsegConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
-from edgekd.errors import EdgekdError
+from edgekd.errors import EdgekdError, RecipeError
 from edgekd.export.stage import PRECISIONS, ExportConfig
 from edgekd.models import superyolo
 from edgekd.models.config import CALLABLE, ModelConfig
@@ -583,7 +583,7 @@ def _few_images(data: Any, whole: bool) -> Any:
 
 
 EXAMPLE_PX = 64
-"""Side of the images for which models are looked at before the data is read."""
+"""Side of the images for which models are looked at where only the data itself says how large they are."""
 SMOKE_BATCH = 16
 SMOKE_PX = 128
 SMOKE_ERROR = 0.6
@@ -648,7 +648,7 @@ def _check_models(recipe: Recipe) -> list[Problem]:
     built: dict[str, Shell] = {}
     problems: list[Problem] = []
     for owner, config in _owners(recipe).items():
-        found = _build(owner, config, getattr(recipe.data, "channels", 3))
+        found = _build(owner, config, getattr(recipe.data, "channels", 3), _image_px(recipe.data))
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -662,7 +662,13 @@ def _check_models(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _build(owner: str, config: ModelConfig, channels: int) -> Shell | Problem:
+def _image_px(data: Any) -> tuple[int, int]:
+    """Height and width of the data's images: methods refuse maps that are too small for them, or too large."""
+    sides = getattr(data, "size_px", EXAMPLE_PX)
+    return (sides, sides) if isinstance(sides, int) else sides
+
+
+def _build(owner: str, config: ModelConfig, channels: int, size_px: tuple[int, int]) -> Shell | Problem:
     """The model on no device: shapes only, so neither memory nor time."""
     where = "call" if config.call else "arguments" if config.arguments else "name"
     try:
@@ -673,8 +679,7 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Shell | Problem:
             where = "backbone_weights"
             models.check_backbone(module)
         where = "taps"
-        # nor is their size: methods ask for channels only
-        shape = Architecture(config.model_dump(mode="json"), 10, channels, EXAMPLE_PX, EXAMPLE_PX)
+        shape = Architecture(config.model_dump(mode="json"), 10, channels, *size_px)
         return Shell(module, models.taps(config, module), shape)
     except EdgekdError as error:
         return Problem((owner, "model", where), error.message, error.hint)
@@ -682,8 +687,15 @@ def _build(owner: str, config: ModelConfig, channels: int) -> Shell | Problem:
 
 def _check_method(method: MethodConfig, student: Shell, teacher: Shell | None) -> None:
     used: Any = teacher if needs_teacher(method) else None
-    with shapes_only():
-        distiller = method.build(student, used)
+    try:
+        with shapes_only():
+            distiller = method.build(student, used)
+    except RuntimeError as error:  # torch's, from a model's forward
+        height, width = student.architecture.height_px, student.architecture.width_px
+        raise RecipeError(
+            f"{method.name}: student or teacher does not run on images of {height} x {width} px: {error}",
+            hint="correct data.size_px or the model's arguments",
+        ) from error
     resolve(distiller.student_taps, student.taps)
     if used is not None:
         resolve(distiller.teacher_taps, used.taps)

@@ -619,6 +619,45 @@ def test_what_the_message_calls_allowed_is_accepted(folder, monkeypatch, capsys)
         assert load_recipe(folder / "bad.yaml").recipe.student.model.name == name
 
 
+MASKS = """\
+name: masks
+task: {kind: segmentation}
+data: {kind: masks, root: streets, size_px: SIZE}
+teacher:
+  model: {name: MODEL}
+  train: {epochs: 1}
+student:
+  model: {name: MODEL}
+stages:
+  - kind: distill
+    method: METHOD
+    train: {epochs: 1}
+deploy:
+  - backend: {name: "null"}
+    precision: [float32]
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "method", "says"),
+    [
+        ("[48, 96]", "unet", "{name: structured_kd}", "score maps of at least 64 x 64; the student's are 48 x 96"),
+        ("[96, 96]", "unet", "{name: structured_kd, node_px: 1}", "9216 regions of 'top' are too many"),
+        ("[96, 96]", "unet", "{name: structured_kd}", None),
+        ("[32, 96]", "unet", "{name: idd, layer: bottom}", "the student's map 'bottom' has 2 x 6"),
+        ("[128, 96]", "mobile_unet", "{name: idd, layer: bottom}", None),
+    ],
+)
+def test_methods_are_checked_with_images_of_the_datas_size(size, model, method, says, folder):
+    """Before a teacher is trained for hours; the data itself is not there."""
+    (folder / "masks.yaml").write_text(MASKS.replace("SIZE", size).replace("MODEL", model).replace("METHOD", method))
+    with pytest.raises(RecipeError, match="'streets' does not exist") as caught:
+        preflight(load_recipe(folder / "masks.yaml"))
+    told = [line for line in caught.value.message.splitlines() if "stages[0].method" in line]
+    assert len(told) == (says is not None)
+    assert all(says in line for line in told)
+
+
 # --- fuzz ---
 
 WORDS = [
