@@ -189,7 +189,8 @@ def inter_class_distance(
     for own, other, there in zip(ours, theirs, counts >= least_pixels, strict=True):
         if there.sum() >= 2:
             found.append(F.mse_loss(edges(own[there], metric, edge_norm), edges(other[there], metric, edge_norm)))
-    return torch.stack(found).mean() if found else student_BCHW.sum() * 0.0
+    # not 0 times the sum: of a map in 16 bits that is infinite
+    return torch.stack(found).mean() if found else (0 * student_BCHW).sum()
 
 
 def ramps(height: int, width: int, like: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def boundary_loss(logits_BKHW: Tensor, labels_BHW: Tensor, band_BHW: Tensor) -> 
     """
     chosen_BHW = band_BHW & (labels_BHW != IGNORE)
     if not chosen_BHW.any():
-        return 0 * logits_BKHW.sum()
+        return (0 * logits_BKHW).sum()  # not 0 times the sum: of a map in 16 bits that is infinite
     # a band is a small part of an image: its pixels alone are looked at
     logits_NK = at_labels(logits_BKHW, labels_BHW).permute(0, 2, 3, 1)[chosen_BHW]
     return F.cross_entropy(logits_NK, labels_BHW[chosen_BHW].long())

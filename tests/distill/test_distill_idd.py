@@ -150,6 +150,8 @@ def test_nothing_to_compare_and_equal_means_are_no_accident():
     value = inter_class_distance(maps, maps.detach() + 1, torch.full((2, SIDE, SIDE), 255), toy.CLASSES)
     assert value.item() == 0
     value.backward()
+    large = torch.ones(1, 1, 300, 300, dtype=torch.float16)  # their sum is beyond 16 bits
+    assert inter_class_distance(large, large, torch.full((1, 300, 300), 255), toy.CLASSES).item() == 0
     same = torch.ones(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     inter_class_distance(same, drawn(1, 3, 2, 2), torch.tensor([[[0, 1], [0, 1]]]), toy.CLASSES).backward()
     assert same.grad.isfinite().all()

@@ -130,6 +130,8 @@ def test_bands_grow_with_the_radius_and_need_two_classes():
     one = torch.where(labels == IGNORE, labels, 2)
     assert not boundary_band(one, 3).any(), "pixels that do not count make no border"
     assert boundary_loss(draw(2, 3, 12, 12), one, boundary_band(one)).item() == 0
+    large = torch.ones(1, 1, 300, 300, dtype=torch.float16)
+    assert boundary_loss(large, torch.zeros(1, 300, 300), torch.zeros(1, 300, 300, dtype=torch.bool)).item() == 0
     nothing = torch.full_like(labels, IGNORE)
     assert not boundary_band(nothing, 1).any()
     assert downward(draw(2, 3, 12, 12), draw(2, 3, 12, 12, seed=1), nothing).item() == 0

@@ -64,6 +64,8 @@ def test_images_without_labels_are_left_out():
     known = Saliency().loss(logits[[0, 2]], labels[[0, 2]])
     assert Saliency().loss(logits, labels).item() == pytest.approx(known.item())
     assert Saliency().loss(logits, torch.full_like(labels, IGNORE)).item() == 0
+    large = torch.ones(1, 1, 300, 300, dtype=torch.float16)
+    assert Saliency().loss(large, torch.full((1, 300, 300), IGNORE)).item() == 0
 
 
 def test_it_learns():
