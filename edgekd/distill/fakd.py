@@ -62,8 +62,8 @@ class FakdConfig(Config):
     name: Literal["fakd"]
     surrogate: Surrogate = "full"
     """What is lowered. full, refmean and ref0 bound the divergence of pixels: by the variances of the differences between all
-    pairs of classes, from the teacher's mean class, or of the logits themselves; refmean is the closest. channel bounds the
-    channel-wise divergence. isda_logits adds variances to the logits as ISDA does for labels: no bound for soft answers."""
+    pairs of classes, from the teacher's mean class, or of the logits themselves; refmean is never above full. channel bounds
+    the channel-wise divergence. isda_logits adds variances to the logits as ISDA does for labels: no bound for soft answers."""
     weight: float | None = Field(None, ge=0, le=10_000)
     """alpha: weight of the term; null is 1 for pixels and 3 for channel."""
     temperature: float | None = Field(None, gt=0, le=100)

@@ -76,7 +76,7 @@ class IddConfig(Config):
     edge_norm: EdgeNorm = "none"
     """mean divides all distances of an image by their mean, in each network."""
     scope: Scope = "image"
-    """A graph for every image, or one for the whole batch (of a process)."""
+    """A graph for every image, or one for all that are computed at once: a batch, or a process's or train.accumulate's part."""
     least_pixels: int = Field(1, ge=1, le=1_000_000)
     """n_min: pixels that a class needs for a node, at the map's size."""
     position_weight: float | None = Field(None, ge=0, le=10_000)

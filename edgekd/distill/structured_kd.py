@@ -60,7 +60,8 @@ class StructuredKdConfig(Config):
     pixel_weight: float = Field(10.0, ge=0, le=10_000)
     """lambda_pi: weight of the pixel term; 0 leaves it out."""
     pixel_reduction: PixelReduction = "mean_pixel"
-    """What the pixel term is divided by: B H W, H W (sum_over_batch, as published), or B K H W (mean_element)."""
+    """What the pixel term is divided by: B H W, H W (sum_over_batch, as published), or B K H W (mean_element). B are the images
+    that are computed at once: a batch, or a process's or train.accumulate's part of it."""
     pixel_form: Literal["kl", "ce"] = "kl"
     """The divergence, or as published the cross-entropy: a constant more, the same gradient."""
     temperature: float = Field(1.0, gt=0, le=100)

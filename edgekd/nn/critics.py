@@ -97,7 +97,7 @@ class BatchStatistics(nn.Module):
 
 
 class AttentionCritic(nn.Module):
-    """Five convolutions with spectral norms and two self-attentions: maps [B, C, H, W] to scores [B, 1, H', W'].
+    """Five convolutions, all but the last with spectral norms, and two self-attentions: [B, C, H, W] to scores [B, 1, H', W'].
 
     Sides of 64 to 79 give one score, larger ones a score for every 16th place.
 
@@ -136,7 +136,7 @@ class AttentionCritic(nn.Module):
 
 
 class PatchCritic(nn.Module):
-    """Five convolutions with instance norms: maps [B, C, H, W] to a score for every patch of 70 x 70, [B, 1, H', W'].
+    """Five convolutions, the inner three with instance norms: [B, C, H, W] to a score for every patch of 70 x 70, [B, 1, H', W'].
 
     Args:
         channels: C, with those of the image where the critic sees it: see :func:`with_image`.

@@ -1,4 +1,4 @@
-"""How maps are compared by where they are strong, and gates that choose among them.
+"""How maps are compared: by where they are strong, by which of their places are alike, at several sizes.
 
 Shape letters: B images, C channels, H rows, W columns, P = H * W places, N nodes.
 """
