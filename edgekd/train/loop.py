@@ -13,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,7 +106,8 @@ def train(
         One record per epoch: epoch, lr, terms, val, images_per_s, seconds.
 
     Raises:
-        TrainingError: A term is not finite, or the training split is smaller than one batch.
+        TrainingError: A term is not finite, the training split is smaller than one batch, or its parts are too small for a batch
+            norm.
     """
     fabric, data = setting.fabric, setting.dataset
     images: Literal["all", "labelled", "half labelled"] = "half labelled" if half_labelled else "all"
@@ -203,7 +204,8 @@ def _epochs(
                 state.step = epoch * steps_per_epoch + number
                 for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(state.step, total, warmup, config.lr)
-                terms = state.objective.train_step(state, images.to(fabric.device), labels.to(fabric.device))
+                with _enough_values():
+                    terms = state.objective.train_step(state, images.to(fabric.device), labels.to(fabric.device))
                 if average is not None:
                     average.update(student)
                 for name, value in terms.items():
@@ -224,6 +226,24 @@ def _epochs(
             if board is not None:
                 _log(board, record)
             setting.on_epoch(record)
+
+
+@contextlib.contextmanager
+def _enough_values() -> Iterator[None]:
+    """Say in a recipe's words that a batch norm behind a global average was given one image; torch has no error type for it.
+
+    Raises:
+        TrainingError: It was.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise TrainingError(
+            "a batch norm has one value a channel to train on: one image at a time, of which the model makes a single place",
+            hint="raise train.batch_size, lower train.accumulate, or use larger images",
+        ) from error
 
 
 def _mean_terms(fabric: Fabric, sums: Mapping[str, float], steps: int) -> dict[str, float]:

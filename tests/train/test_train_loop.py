@@ -180,6 +180,21 @@ def test_fewer_images_than_one_batch(tmp_path):
     assert "batch_size" in caught.value.hint
 
 
+def test_a_batch_norm_that_is_given_one_value(tmp_path):
+    """PSPNet's, for one, behind its average over the whole image: with one image at a time there is nothing to normalise by."""
+
+    def student():
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, toy.CLASSES)
+        )
+
+    run(tmp_path / "two", student(), training=config(accumulate=4, epochs=1))
+    with pytest.raises(TrainingError, match="one image at a time") as caught:
+        run(tmp_path / "one", student(), training=config(accumulate=8, epochs=1))
+    assert "lower train.accumulate" in caught.value.hint
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 @pytest.mark.parametrize(("objective", "half", "expected"), [("task", False, 2), ("method", False, 6), ("method", True, 9)])
 def test_unlabelled_images_are_for_methods(tmp_path, objective, half, expected):
     """18 of 24 images have no labels: an epoch of plain training has the other 6 alone."""
