@@ -658,6 +658,21 @@ def test_methods_are_checked_with_images_of_the_datas_size(size, model, method, 
     assert all(says in line for line in told)
 
 
+def test_a_model_that_does_not_run_on_images_of_that_size(folder, monkeypatch):
+    lines = (
+        "from torch import nn",
+        "def build(num_classes, in_channels):",
+        "    return nn.Sequential(nn.Conv2d(in_channels, num_classes, 1), nn.AvgPool2d(64))",
+    )
+    (folder / "coarse.py").write_text("\n".join(lines))
+    model = "callable, call: 'coarse:build', taps: {top: '0'}"
+    text = MASKS.replace("SIZE", "[48, 96]").replace("MODEL", model).replace("METHOD", "{name: structured_kd}")
+    (folder / "masks.yaml").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(RecipeError, match=r"student or teacher does not run on images of 48 x 96 px: .*too small"):
+        preflight(load_recipe(folder / "masks.yaml"))
+
+
 # --- fuzz ---
 
 WORDS = [

@@ -111,4 +111,7 @@ def fit_paraphrasers(
             optimizer.step()
     for value in parameters:
         value.requires_grad_(False).grad = None
+    if fabric.world_size > 1:
+        for sums in left.values():
+            fabric.all_reduce(sums, reduce_op="mean")  # in place
     return {role: float(error / variance.clamp_min(1e-12)) for role, (error, variance) in left.items()}
