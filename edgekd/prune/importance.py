@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
 from typing import Any
 
@@ -47,6 +48,7 @@ def prune(module: nn.Module, example: Tensor, *, ratio: float, round_to: int, sc
             f"{type(module).__name__} cannot be pruned: {type(error).__name__}: {error}",
             hint="remove the prune stage, or use a model whose channels torch-pruning can follow",
         ) from error
+    gc.collect()  # the library's graph refers to itself: copies of a large model, one per try, would fill the memory
     if not same:
         raise TrainingError(
             f"{type(module).__name__} cannot be pruned: its outputs would no longer be {list(size)}",
