@@ -41,7 +41,7 @@ from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map
 from edgekd.nn.divergences import PixelReduction, pixel_divergence
 from edgekd.nn.paraphraser import Paraphraser
 from edgekd.nn.precision import exact
-from edgekd.nn.relations import cosine_similarities
+from edgekd.nn.relations import cosine_similarities, stretched
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
 from edgekd.train.paraphrase import fit_paraphrasers
@@ -155,7 +155,7 @@ def graph_flow(
     """
     maps = [exact(one) for one in (*student, *(one.detach() for one in teacher))]
     size = tuple(min(sides) for sides in zip(*(one.shape[2:] for one in maps), strict=True))
-    found = [vertices(_sized(one, size), patch_px) for one in maps]
+    found = [vertices(stretched(one, size), patch_px) for one in maps]
     joined = [edges(one, edge) for one in found]
     changes = [(theirs_deep - theirs) - (deep - shallow) for shallow, deep, theirs, theirs_deep in (found, joined)]
     far_vertices, far_edges = (
@@ -251,7 +251,3 @@ class GraphFlowDistiller(Distiller):
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """Tap -> the share of the teacher's map that its paraphraser could not restore."""
         return {f"not restored of {role}": share for role, share in zip(self.paraphrasers, self.lost.tolist(), strict=True)}
-
-
-def _sized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -42,7 +42,7 @@ from edgekd.nn.class_statistics import bins, class_sums, nearest_labels, pixels
 from edgekd.nn.critics import ATTENTION_SIDE_PX, AttentionCritic, score_map
 from edgekd.nn.divergences import pixel_divergence
 from edgekd.nn.precision import exact
-from edgekd.nn.relations import EPSILON
+from edgekd.nn.relations import EPSILON, stretched
 from edgekd.nn.taps import capture, tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting, epoch_seed
@@ -184,7 +184,7 @@ def inter_class_distance(
     size = (student_BCHW.shape[2], student_BCHW.shape[3])
     labels = nearest_labels(labels_Bhw, size)
     ours, counts = class_means(exact(student_BCHW), labels, classes, scope)
-    theirs, _ = class_means(_resized(exact(teacher_BCHW.detach()), size), labels, classes, scope)
+    theirs, _ = class_means(stretched(exact(teacher_BCHW.detach()), size), labels, classes, scope)
     found = []
     for own, other, there in zip(ours, theirs, counts >= least_pixels, strict=True):
         if there.sum() >= 2:
@@ -275,7 +275,7 @@ class IddDistiller(Distiller):
         for images in self._images(setting):
             with torch.no_grad(), setting.fabric.autocast(), capture(teacher, {self.role: self.place}) as maps:
                 teacher(images.to(setting.fabric.device))
-            read = self.reader(_resized(exact(maps[self.role]), self.size))
+            read = self.reader(stretched(exact(maps[self.role]), self.size))
             loss = F.mse_loss(read, true.expand_as(read))
             if not loss.isfinite():
                 raise TrainingError(f"the loss of reading positions is {loss.item()}", hint="lower method.position_lr")
@@ -339,7 +339,7 @@ class IddDistiller(Distiller):
             true = ramps(ours.shape[2], ours.shape[3], like=read).expand_as(read)
         else:
             with torch.no_grad():
-                true = self.reader(_resized(theirs, (ours.shape[2], ours.shape[3])))
+                true = self.reader(stretched(theirs, (ours.shape[2], ours.shape[3])))
         return F.mse_loss(read, true)
 
     def _calibrate(self, terms: dict[str, float], state: TrainState) -> None:
@@ -372,8 +372,3 @@ class IddDistiller(Distiller):
 
     def _optimizer(self, owned: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(owned, lr=self.config.critic_lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, as maps of features are."""
-    return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -72,6 +72,11 @@ def resized(maps: Tensor, size: list[int]) -> Tensor:
     return maps if list(maps.shape[2:]) == list(size) else F.adaptive_avg_pool2d(maps, (size[0], size[1]))
 
 
+def stretched(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear, to a size; maps of that size stay as they are."""
+    return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
 class Embedding(nn.Module):
     """A linear layer and a batch norm, which makes a bias idle, optionally a ReLU: [B, Cin] to [B, Cout], in float32.
 
