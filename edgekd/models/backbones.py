@@ -1,10 +1,11 @@
-"""The trunks of segmenters, by name, and the convolution that their decoders are made of."""
+"""The trunks of segmenters, by name, and what their decoders are made of."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from edgekd.models.initial import initialise
 from edgekd.models.mobilenet_v2 import MobileNetV2Maps
@@ -45,3 +46,8 @@ def conv_norm_act(in_channels: int, channels: int, kernel: int = 1, dilation: in
     """Convolution, batch norm, ReLU: [B, Cin, H, W] to [B, C, H, W]."""
     conv = nn.Conv2d(in_channels, channels, kernel, 1, kernel // 2 * dilation, dilation, groups, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(channels), act=nn.ReLU()))
+
+
+def enlarged(maps: Tensor, other: Tensor) -> Tensor:
+    """Resized to another's sides, bilinearly."""
+    return F.interpolate(maps, size=other.shape[-2:], mode="bilinear", align_corners=False)

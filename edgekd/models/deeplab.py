@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.models import backbones
-from edgekd.models.backbones import MOBILE, conv_norm_act
+from edgekd.models.backbones import MOBILE, conv_norm_act, enlarged
 from edgekd.models.initial import initialise
 
 FINE = 48
@@ -103,9 +103,9 @@ class DeepLabV3Plus(nn.Module):
         """The logits."""
         maps = self.backbone(images)
         fine = self.fine(maps[self.finest])
-        coarse = F.interpolate(self.pyramid(maps[-1]), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        coarse = enlarged(self.pyramid(maps[-1]), fine)
         logits = self.head(self.dropout(self.decoder(torch.cat([coarse, fine], 1))))
-        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return enlarged(logits, images)
 
 
 def deeplabv3plus(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.models import backbones
-from edgekd.models.backbones import conv_norm_act
+from edgekd.models.backbones import conv_norm_act, enlarged
 from edgekd.models.initial import initialise
 
 TAPS = backbones.STAGES | {"bottom": "backbone.stage4", "pyramid": "pyramid", "top": "head@input", "head": "head"}
@@ -88,7 +88,7 @@ class PSPNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""
         logits = self.head(self.dropout(self.fuse(self.pyramid(self.backbone(images)[-1]))))
-        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return enlarged(logits, images)
 
 
 def pspnet(

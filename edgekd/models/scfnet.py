@@ -17,9 +17,9 @@ from collections import OrderedDict
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgekd.models.backbones import enlarged
 from edgekd.models.initial import initialise
 from edgekd.models.mobilenet_v3 import MobileNetV3
 from edgekd.models.resnet import DEPTHS, ResNet
@@ -64,7 +64,7 @@ class Fusion(nn.Module):
         """
         coarse = self.coarse(high + high * guide)
         fine = self.fine(low + low * low_guide)
-        out: Tensor = self.both(fine + _enlarged(coarse, low))
+        out: Tensor = self.both(fine + enlarged(coarse, low))
         return out
 
 
@@ -117,17 +117,12 @@ class SCFNet(nn.Module):
         fused = [deepest]
         for number, fuse in enumerate(self.fusions):
             low, high = maps.pop(), fused[-1]
-            guide = _enlarged(deepest, high) if number else deepest
-            fused.append(fuse(low, high, guide, _enlarged(deepest if self.deep else high, low)))
+            guide = enlarged(deepest, high) if number else deepest
+            fused.append(fuse(low, high, guide, enlarged(deepest if self.deep else high, low)))
         fused.reverse()
         drawn = MAPS if self.training else 1
-        logits = [_enlarged(head(found), images) for head, found in zip(self.heads[:drawn], fused[:drawn], strict=True)]
+        logits = [enlarged(head(found), images) for head, found in zip(self.heads[:drawn], fused[:drawn], strict=True)]
         return torch.cat(logits, 1) if self.training else logits[0]
-
-
-def _enlarged(maps: Tensor, other: Tensor) -> Tensor:
-    """Resized to another's sides, bilinearly."""
-    return F.interpolate(maps, size=other.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def scfnet(

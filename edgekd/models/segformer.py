@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from math import sqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from edgekd.models.backbones import enlarged
 
 HEADS = (1, 2, 5, 8)
 """Of each stage's attention; a stage has as many times the channels of a head."""
@@ -192,18 +193,13 @@ class SegFormer(nn.Module):
         two = self.stage2(one)
         three = self.stage3(two)
         maps = [linear(found) for linear, found in zip(self.linear, (one, two, three, self.stage4(three)), strict=True)]
-        joined = torch.cat([*(_enlarged(coarse, one) for coarse in reversed(maps[1:])), maps[0]], 1)
-        return _enlarged(self.head(self.dropout(self.fuse(joined))), images)
+        joined = torch.cat([*(enlarged(coarse, one) for coarse in reversed(maps[1:])), maps[0]], 1)
+        return enlarged(self.head(self.dropout(self.fuse(joined))), images)
 
 
 def _grid(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, N, C] to [B, C, H, W]."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))
-
-
-def _enlarged(maps: Tensor, other: Tensor) -> Tensor:
-    """Resized to another's sides, bilinearly."""
-    return F.interpolate(maps, size=other.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _initialise(module: nn.Module) -> None:
