@@ -53,7 +53,7 @@ DATA: dict[str, dict[str, Any]] = {
     },
     "camvid": {
         "task": {"kind": "segmentation", "class_weights": "balanced"},
-        "data": {"kind": "masks", "root": "seg_camvid", "size_px": [176, 240]}
+        "data": {"kind": "masks", "root": "seg_camvid", "size_px": [128, 176]}
         | {"augment": {"scale": 0.3, "flip": True, "saturation": 0.3, "value": 0.3}},
         "student": {"model": {"name": "unet", "arguments": {"width": 8}}},
     },

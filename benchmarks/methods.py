@@ -8,6 +8,7 @@ whose recipes share task, data, student and budget share the students alone. A s
 ordinary one of its full width, and each narrower width against one of that width, trained alone for as long.
 
     EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
+                                                 [--precision bf16-mixed]
 
 Each training is an ordinary ``edgekd compress`` in runs/methods, so what is finished is reused. After every seed it writes
 results/methods/METHOD.json: the stage; the teacher's value; for each seed both students' values and seconds per epoch; the mean
@@ -42,10 +43,12 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=sorted(found), required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the trainings")
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of all trainings")
     given = parser.parse_args()
     for name in given.method:
         path = found[name]
         recipe = YAML(typ="safe").load(path)
+        recipe["compute"] = {"precision": given.precision}
         known = restore(name, recipe)
         for seed in range(given.seeds):
             if seed not in known:
@@ -107,18 +110,18 @@ def ordinary(student: dict[str, Any], width: float = 1.0) -> dict[str, Any]:
 
 
 def protocol(recipe: dict[str, Any]) -> str:
-    """What students alone share: task, data, student, budget."""
+    """What students alone share: task, data, precision of training, student, budget."""
     student, stages = ordinary(recipe["student"]), distilling(recipe) or ()
-    return digest(recipe["task"], recipe["data"], student, *(stage["train"] for stage in stages))
+    return digest(recipe["task"], recipe["data"], recipe["compute"], student, *(stage["train"] for stage in stages))
 
 
 def teacher(recipe: dict[str, Any], threads: int) -> Artifact:
     """The recipe's teacher, trained once."""
     given = recipe["teacher"]
-    out = RUNS / f"teacher-{digest(recipe['task'], recipe['data'], given)}"
+    out = RUNS / f"teacher-{digest(recipe['task'], recipe['data'], recipe['compute'], given)}"
     content = {
         "name": "teacher",
-        **{key: recipe[key] for key in ("task", "data")},
+        **{key: recipe[key] for key in ("task", "data", "compute")},
         "student": {"model": given["model"]},
         "stages": [{"kind": "finetune", "train": given["train"]}],
     }
@@ -130,7 +133,8 @@ def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     master = teacher(recipe, threads) if "teacher" in recipe else None
     stages = distilling(recipe)
     assert stages is not None  # recipes() has looked
-    content = {"name": "method", "seed": seed, **{key: recipe[key] for key in ("task", "data", "student")}, "stages": stages}
+    shared = {key: recipe[key] for key in ("task", "data", "compute", "student")}
+    content = {"name": "method", "seed": seed, **shared, "stages": stages}
     out = RUNS / f"students-{protocol(recipe)}-{seed}"
     alone = {**content, "student": ordinary(recipe["student"]), "stages": [finetuned(stage) for stage in stages]}
     if master is not None:
@@ -211,6 +215,7 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         "recipe": {"path": str(path.relative_to(ROOT)), "id": identity(recipe)},
         "task": task,
         "data": described(recipe["data"]),
+        "precision": recipe["compute"]["precision"],
         "student": recipe["student"]["model"],
         "teacher": recipe.get("teacher"),
         "stage": (distilling(recipe) or [None])[-1],
