@@ -14,6 +14,11 @@ from edgekd.train.hardware import ComputeConfig, make_fabric
 from edgekd.train.loop import Setting
 
 CLASSES = 4
+RESIZED = {
+    *("resnet14", "resnet20", "resnet32", "resnet56", "resnet32x4", "wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg13"),
+    *("segformer_b1", "segformer_b2"),
+}
+"""Models of the table that differ from another one in depth and width alone: tests of what code does take the other."""
 
 
 def dataset(train=32, size_px=8, channels=3, classes=CLASSES):
