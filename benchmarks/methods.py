@@ -61,22 +61,22 @@ def recipes() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
         recipe = YAML(typ="safe").load(path)
-        if (stage := distilling(recipe)) is None:
+        if not (stages := distilling(recipe)):
             continue
-        name = stage[-1]["method"]["name"]
+        name = stages[-1]["method"]["name"]
         if name not in found or path.stem == name:
             found[name] = path
     return found
 
 
-def distilling(recipe: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The stages up to the one that distils, if there are but finetunings before it."""
+def distilling(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages up to the one that distils, if there are but finetunings before it; else none."""
     for number, stage in enumerate(recipe["stages"]):
         if stage["kind"] == "distill":
             return list(recipe["stages"][: number + 1])
         if stage["kind"] != "finetune":
             break
-    return None
+    return []
 
 
 def finetuned(stage: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def ordinary(student: dict[str, Any], width: float = 1.0) -> dict[str, Any]:
 
 def protocol(recipe: dict[str, Any]) -> str:
     """What students alone share: task, data, precision of training, student, budget."""
-    student, stages = ordinary(recipe["student"]), distilling(recipe) or ()
+    student, stages = ordinary(recipe["student"]), distilling(recipe)
     return digest(recipe["task"], recipe["data"], recipe["compute"], student, *(stage["train"] for stage in stages))
 
 
@@ -132,7 +132,6 @@ def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     """Both students of one seed: values on the test split, seconds of the fastest epoch."""
     master = teacher(recipe, threads) if "teacher" in recipe else None
     stages = distilling(recipe)
-    assert stages is not None  # recipes() has looked
     shared = {key: recipe[key] for key in ("task", "data", "compute", "student")}
     content = {"name": "method", "seed": seed, **shared, "stages": stages}
     out = RUNS / f"students-{protocol(recipe)}-{seed}"
@@ -200,7 +199,7 @@ def restore(name: str, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
 def identity(recipe: dict[str, Any]) -> str:
     """Changes where what is measured does: not with the name or the engines."""
     own = [] if ordinary(recipe["student"]) == recipe["student"] else [recipe["student"]]
-    return digest(protocol(recipe), recipe.get("teacher"), (distilling(recipe) or [None])[-1], *own)
+    return digest(protocol(recipe), recipe.get("teacher"), distilling(recipe)[-1], *own)
 
 
 def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]]) -> None:
@@ -218,7 +217,7 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         "precision": recipe["compute"]["precision"],
         "student": recipe["student"]["model"],
         "teacher": recipe.get("teacher"),
-        "stage": (distilling(recipe) or [None])[-1],
+        "stage": distilling(recipe)[-1],
         "gain": interval(gains),
         "widths": {
             width: interval([row["widths"][width][WITH] - row["widths"][width][ALONE] for row in rows])

@@ -41,6 +41,7 @@ from run_recipe import RESULTS, ROOT
 from edgekd import __version__, data, recipe
 from edgekd.artifacts import Checkpoint, read_artifact
 from edgekd.data.base import Dataset
+from edgekd.deployment import opset
 from edgekd.engines import hardware
 from edgekd.engines.audit import LAYERS
 from edgekd.engines.onnx_layers import layers
@@ -122,7 +123,7 @@ def compare_run(run: Path, threads: list[int], seconds: float, known: list[dict[
     if not wanted:
         return
     dataset = data.load(loaded.recipe.data, search=loaded.search)
-    task = build_task(loaded.recipe.task)
+    task = build_task(loaded.recipe.task, dataset)
     io = json.loads((exports["float32"] / "io.json").read_text())
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
@@ -252,11 +253,13 @@ def _edgekd_ptq(inputs: Inputs, settings: Settings, out: Path) -> None:
     from edgekd.quantize import ptq
 
     loaded = _recipe(inputs.run)
-    given, task = loaded.recipe, build_task(loaded.recipe.task)
+    given = loaded.recipe
+    dataset = data.load(given.data, search=loaded.search)
+    task = build_task(given.task, dataset)
     context = Context(
         compute=given.compute,
         task=task,
-        dataset=data.load(given.data, search=loaded.search),
+        dataset=dataset,
         augment=given.data.augment,
         seed=given.seed,
         search=loaded.search,
@@ -269,7 +272,7 @@ def _edgekd_ptq(inputs: Inputs, settings: Settings, out: Path) -> None:
     config = ptq.PtqConfig.model_validate({"kind": "ptq", **settings})
     quantized = ptq.run(config, source, context, title="ptq", work=out.parent).loaded
     example = quantized.architecture.example()
-    model = onnx.export(encode(quantized.module, "u8"), example, output_names=task.output_names, opset=given.export.opset)
+    model = onnx.export(encode(quantized.module, "u8"), example, output_names=task.output_names, opset=opset(given))
     onnx.save(model, out)
 
 

@@ -60,18 +60,23 @@ Batch = tuple[Tensor, Tensor]
 Step = Callable[[int, Batch], None]
 
 
+def fresh(net: nn.Module) -> nn.Module:
+    """A copy in the layout that trainings use."""
+    return copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's annotation
+
+
 class Bare:
     """The step as one would write it for this method alone."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, critic: nn.Module, config: TrainConfig) -> None:
-        self.student, self.teacher, self.critic = (
-            copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (student, teacher, critic)
-        )
+        self.student, self.teacher, self.critic = (fresh(net) for net in (student, teacher, critic))
         self.student.train()
         self.teacher.eval().requires_grad_(False)
         self.maps: dict[str, Tensor] = {}
         for name, net in (("student", self.student), ("teacher", self.teacher)):
-            net.decoder[0].blocks.register_forward_hook(lambda _, __, out, name=name: self.maps.__setitem__(name, out))
+            net.get_submodule("decoder.0.blocks").register_forward_hook(
+                lambda _, __, out, name=name: self.maps.__setitem__(name, out)
+            )
         weights = [value for value in self.student.parameters() if value.ndim >= 2]
         others = [value for value in self.student.parameters() if value.ndim < 2]
         groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -138,8 +143,9 @@ class Ours:
         self, student: Loaded, teacher: Loaded, method: StructuredKdDistiller, config: TrainConfig, threads: int
     ) -> None:
         fabric = make_fabric(ComputeConfig(accelerator="cpu", threads=threads))
-        self.student = copy.deepcopy(student.module).to(memory_format=torch.channels_last)
+        self.student = fresh(student.module)
         self.method = copy.deepcopy(method)
+        assert self.method.adversary is not None
         self.method.adversary = Adversary(self.method.adversary.critic, method._optimizer)  # of the copy's parameters
         wrapped, optimizer = fabric.setup(self.student, make_optimizer([self.student, self.method], config))
         wrapped.train()
@@ -148,7 +154,7 @@ class Ours:
             task=Segmentation(CLASSES, class_weights=WEIGHTS),
             student=wrapped,
             inner=self.student,
-            teacher=copy.deepcopy(teacher.module).to(memory_format=torch.channels_last).eval().requires_grad_(False),
+            teacher=fresh(teacher.module).eval().requires_grad_(False),
             objective=self.method,
             student_taps=resolve(self.method.student_taps, student.taps),
             teacher_taps=resolve(self.method.teacher_taps, teacher.taps),
@@ -249,6 +255,7 @@ def main() -> None:
     stage = recipe.stages[0]
     if stage.kind != "distill" or stage.method != StructuredKdConfig(name="structured_kd") or stage.task_weight != 1:
         sys.exit(f"{RECIPE} has other options than the hand-written loop")
+    assert isinstance(recipe.data, MasksConfig)
     student, teacher = networks(recipe)
     torch.manual_seed(2)
     method = stage.method.build(student, teacher)
