@@ -145,8 +145,10 @@ class Ours:
         fabric = make_fabric(ComputeConfig(accelerator="cpu", threads=threads))
         self.student = fresh(student.module)
         self.method = copy.deepcopy(method)
-        assert self.method.adversary is not None
-        self.method.adversary = Adversary(self.method.adversary.critic, method._optimizer)  # of the copy's parameters
+        given = self.method.adversary
+        assert given is not None
+        options: dict[str, Any] = {"weight": given.weight, "kind": given.kind, "penalty_weight": given.penalty_weight}
+        self.method.adversary = Adversary(given.critic, method._optimizer, **options)  # of the copy's parameters
         wrapped, optimizer = fabric.setup(self.student, make_optimizer([self.student, self.method], config))
         wrapped.train()
         self.state = TrainState(

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from edgekd._config import Config
 from edgekd.errors import RecipeError, nearest
+from edgekd.nn.adversary import Adversary
 from edgekd.nn.critics import ATTENTION_SIDE_PX
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
-from edgekd.train.step import StepInputs, TrainState, train_step
+from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
 
 
 def needs_teacher(method: Config) -> bool:
@@ -35,6 +36,11 @@ class Distiller(nn.Module):
     half_labelled: bool = False
     """Where the data has unlabelled images: every batch has as many of them as of labelled ones."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.adversary: Adversary | None = None
+        """A critic that learns after every step of the student, from what was judged in it."""
+
     def prepare(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> None:
         """Run once before the first epoch: warm-ups, selections, prototypes. Does nothing by default.
 
@@ -54,8 +60,9 @@ class Distiller(nn.Module):
         return {}
 
     def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """One optimizer step; adversarial, data-free and online methods replace it whole."""
-        return train_step(state, images, labels)
+        """One optimizer step of the student, then one of the critic, if any; data-free and online methods replace it whole."""
+        terms = train_step(state, images, labels)
+        return terms if self.adversary is None else terms | critic_step(state, self.adversary)
 
 
 def map_channels(

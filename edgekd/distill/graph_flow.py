@@ -45,7 +45,7 @@ from edgekd.nn.relations import cosine_similarities, stretched
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting
 from edgekd.train.paraphrase import fit_paraphrasers
-from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
+from edgekd.train.step import StepInputs
 
 BETAS = (0.9, 0.99)
 
@@ -191,10 +191,13 @@ class GraphFlowDistiller(Distiller):
         self.paraphrasers.requires_grad_(False)
         self.lost: Tensor
         self.register_buffer("lost", torch.full((len(channels),), torch.nan))
-        self.adversary: Adversary | None = None
         if config.holistic_weight:
             self.adversary = Adversary(
-                AttentionCritic(classes, "tanh"), lambda owned: torch.optim.Adam(owned, lr=config.critic_lr, betas=BETAS)
+                AttentionCritic(classes, "tanh"),
+                lambda owned: torch.optim.Adam(owned, lr=config.critic_lr, betas=BETAS),
+                weight=config.critic_weight,
+                kind=config.adversarial,
+                penalty_weight=config.penalty_weight,
             )
 
     def prepare(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> None:  # noqa: ARG002
@@ -238,15 +241,6 @@ class GraphFlowDistiller(Distiller):
                 scores = (score_map(outputs.logits, config.score_side_px) for outputs in (step.student, step.teacher))
                 terms["holistic"] = config.holistic_weight * self.adversary.judge(*scores)
         return terms
-
-    def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """A step of the student, then one of the critic on the logits that the student had before its step."""
-        terms = train_step(state, images, labels)
-        if self.adversary is None:
-            return terms
-        weight, penalty = self.config.critic_weight, self.config.penalty_weight
-        critic = critic_step(state, self.adversary, weight=weight, kind=self.config.adversarial, penalty_weight=penalty)
-        return {**terms, **critic}
 
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """Tap -> the share of the teacher's map that its paraphraser could not restore."""

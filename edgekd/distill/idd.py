@@ -46,7 +46,7 @@ from edgekd.nn.relations import EPSILON, stretched
 from edgekd.nn.taps import capture, tap_shapes
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.loop import Setting, epoch_seed
-from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
+from edgekd.train.step import StepInputs, TrainState
 
 Metric = Literal["l2", "cosine"]
 EdgeNorm = Literal["none", "mean"]
@@ -256,7 +256,8 @@ class IddDistiller(Distiller):
             self.adapter = nn.Conv2d(*channels, 1) if channels[0] != channels[1] else nn.Identity()
             self.unread: Tensor
             self.register_buffer("unread", torch.ones(2))
-        self.adversary = Adversary(AttentionCritic(classes), self._optimizer) if config.holistic_weight else None
+        if config.holistic_weight:
+            self.adversary = Adversary(AttentionCritic(classes), self._optimizer, weight=config.critic_weight)
 
     def prepare(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> None:  # noqa: ARG002
         """Train the reading network on the teacher's map. Every process does the same, from the same seed.
@@ -317,13 +318,11 @@ class IddDistiller(Distiller):
         return terms
 
     def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """A step of the student; in step 100 the weights are set; then a step of the critic on the maps from before."""
-        terms = train_step(state, images, labels)
+        """The steps of the student and of the critic; after step 100 the weights are set."""
+        terms = super().train_step(state, images, labels)
         if state.step + 1 == CALIBRATED:
             self._calibrate(terms, state)
-        if self.adversary is None:
-            return terms
-        return {**terms, **critic_step(state, self.adversary, weight=self.config.critic_weight)}
+        return terms
 
     def statistics(self, student: nn.Module, teacher: nn.Module, setting: Setting) -> dict[str, float]:  # noqa: ARG002
         """The weights that were used last, and the share of columns' and rows' variance that the reading network left unread."""

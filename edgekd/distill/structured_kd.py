@@ -46,7 +46,7 @@ from edgekd.nn.precision import exact
 from edgekd.nn.relations import cosine_similarities
 from edgekd.nn.taps import tap_shapes
 from edgekd.train.checkpoint import Loaded
-from edgekd.train.step import StepInputs, TrainState, critic_step, train_step
+from edgekd.train.step import StepInputs
 
 MOMENTUM, WEIGHT_DECAY, BETAS = 0.9, 5e-4, (0.9, 0.99)
 MOST_NODES = 4096
@@ -180,14 +180,19 @@ class StructuredKdDistiller(Distiller):
         super().__init__()
         self.config = config
         self.student_taps = self.teacher_taps = layers
-        self.adversary: Adversary | None = None
         if config.holistic_weight:
             critic = (
                 AttentionCritic(classes, config.critic_norm)
                 if config.critic_input == "logits"
                 else AttentionCritic(channels + classes, "none")
             )
-            self.adversary = Adversary(critic, self._optimizer)
+            self.adversary = Adversary(
+                critic,
+                self._optimizer,
+                weight=config.critic_weight,
+                kind=config.adversarial,
+                penalty_weight=config.penalty_weight,
+            )
 
     def losses(self, step: StepInputs) -> dict[str, Tensor]:
         """The student's terms; the critic is a constant in them."""
@@ -219,15 +224,6 @@ class StructuredKdDistiller(Distiller):
                 ours, theirs = (self._seen(step.images, outputs.logits) for outputs in (step.student, step.teacher))
                 terms["holistic"] = config.holistic_weight * self.adversary.judge(ours, theirs)
         return terms
-
-    def train_step(self, state: TrainState, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """A step of the student, then one of the critic on the maps that the student had before its step."""
-        terms = train_step(state, images, labels)
-        if self.adversary is None:
-            return terms
-        weight, penalty = self.config.critic_weight, self.config.penalty_weight
-        critic = critic_step(state, self.adversary, weight=weight, kind=self.config.adversarial, penalty_weight=penalty)
-        return {**terms, **critic}
 
     def _seen(self, images_BCHW: Tensor, logits_BKHW: Tensor) -> Tensor:
         """What the critic is shown of one model's output."""

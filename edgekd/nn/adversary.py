@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from edgekd.nn.critics import praise
+from edgekd.nn.critics import adversarial_loss, praise
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -23,11 +23,23 @@ class Adversary(nn.Module):
     Args:
         critic: What is trained.
         optimizer: Makes its optimizer of its parameters; the learning rate that it is made with is the base of :meth:`update`'s.
+        weight: Of its own loss.
+        kind: Of that loss, see :func:`edgekd.nn.critics.adversarial_loss`.
+        penalty_weight: The same.
     """
 
-    def __init__(self, critic: nn.Module, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        critic: nn.Module,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        weight: float = 1.0,
+        kind: Literal["wgan-gp", "hinge"] = "wgan-gp",
+        penalty_weight: float = 10.0,
+    ) -> None:
         super().__init__()
         self.critic = critic
+        self.weight, self.kind, self.penalty_weight = weight, kind, penalty_weight
         self.optimizer = optimizer(list(critic.parameters()))
         self.lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._shown: list[tuple[Tensor, Tensor]] = []
@@ -65,6 +77,11 @@ class Adversary(nn.Module):
         student, teacher = (torch.cat(maps) for maps in zip(*self._shown, strict=True))
         self._shown.clear()
         return student, teacher
+
+    def loss(self) -> Tensor:
+        """What the critic is to lower, weighted, on what was :meth:`shown`."""
+        student, teacher = self.shown()
+        return self.weight * adversarial_loss(self, teacher, student, kind=self.kind, penalty_weight=self.penalty_weight)
 
     def update(self, loss: Tensor, fabric: Fabric, *, rate: float = 1.0) -> None:
         """One step of the critic towards a smaller loss.

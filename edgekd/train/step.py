@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from edgekd.errors import TrainingError
 from edgekd.nn.adversary import Adversary, stage_parameters
-from edgekd.nn.critics import adversarial_loss
 from edgekd.nn.taps import capture
 
 if TYPE_CHECKING:
@@ -176,22 +175,12 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> dict[str, f
     return sums
 
 
-def critic_step(
-    state: TrainState,
-    adversary: Adversary,
-    *,
-    weight: float,
-    kind: Literal["wgan-gp", "hinge"] = "wgan-gp",
-    penalty_weight: float = 10.0,
-) -> dict[str, float]:
+def critic_step(state: TrainState, adversary: Adversary) -> dict[str, float]:
     """One step of a critic, on the maps that were judged in the student's step before it: those from before the student moved.
 
     Args:
         state: Of the stage.
         adversary: The critic.
-        weight: Of its loss.
-        kind: See :func:`edgekd.nn.critics.adversarial_loss`.
-        penalty_weight: The same.
 
     Returns:
         Its weighted loss, as ``critic``.
@@ -199,8 +188,7 @@ def critic_step(
     Raises:
         TrainingError: That is not finite.
     """
-    student, teacher = adversary.shown()
-    loss = weight * adversarial_loss(adversary, teacher, student, kind=kind, penalty_weight=penalty_weight)
+    loss = adversary.loss()
     value = finite({"critic": loss}, state)
     adversary.update(loss, state.fabric, rate=(1 - state.progress) ** CRITIC_POWER)
     return value
