@@ -128,16 +128,22 @@ def teacher(recipe: dict[str, Any], threads: int) -> Artifact:
     return trained(content, out, threads)["student"]
 
 
+def taught(recipe: dict[str, Any], seed: int, master: Artifact | None) -> tuple[dict[str, Any], Path]:
+    """The recipe of a student with the method, under the trained teacher if there is one, and the directory of its run."""
+    shared = {key: recipe[key] for key in ("task", "data", "compute", "student")}
+    content = {"name": "method", "seed": seed, **shared, "stages": distilling(recipe)}
+    if master is not None:
+        content["teacher"] = {"model": {**recipe["teacher"]["model"], "weights": str(master.folder / "model.safetensors")}}
+    return content, RUNS / f"students-{protocol(recipe)}-{seed}"
+
+
 def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     """Both students of one seed: values on the test split, seconds of the fastest epoch."""
     master = teacher(recipe, threads) if "teacher" in recipe else None
-    stages = distilling(recipe)
-    shared = {key: recipe[key] for key in ("task", "data", "compute", "student")}
-    content = {"name": "method", "seed": seed, **shared, "stages": stages}
-    out = RUNS / f"students-{protocol(recipe)}-{seed}"
-    alone = {**content, "student": ordinary(recipe["student"]), "stages": [finetuned(stage) for stage in stages]}
-    if master is not None:
-        content["teacher"] = {"model": {**recipe["teacher"]["model"], "weights": str(master.folder / "model.safetensors")}}
+    content, out = taught(recipe, seed, master)
+    stages = [finetuned(stage) for stage in content["stages"]]
+    alone = {key: value for key, value in content.items() if key != "teacher"} | {"stages": stages}
+    alone["student"] = ordinary(recipe["student"])
     found = trained(content, out, threads)
     students = {
         ALONE: known_alone(recipe, seed) or figures(trained(alone, out, threads)["student"]),
