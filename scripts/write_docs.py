@@ -298,6 +298,53 @@ def cifar10() -> str:
     return models + "\n" + engines
 
 
+def distilled_engines() -> str:
+    """benchmarks/results/distilled_engines.json as a table: means over the seeds."""
+    path = RESULTS / "distilled_engines.json"
+    if not path.is_file():
+        return "Nothing yet.\n"
+    result = json.loads(path.read_text())
+    rows = []
+    found = {(each["backend"], each["precision"]): each for each in result["summary"]}
+    for engine in result["seeds"][0]["engines"]:
+        same = [
+            other
+            for row in result["seeds"]
+            for other in row["engines"]
+            if all(other[key] == engine[key] for key in ("role", "backend", "precision"))
+        ]
+        gained = found.get((engine["backend"], engine["precision"])) if engine["role"] == "student" else None
+        rows.append(
+            (
+                f"{engine['role']}, {engine['precision']}",
+                engine["backend"],
+                f"{100 * sum(other['metric']['value'] for other in same) / len(same):.1f} %",
+                f"{100 * gained['metric_kept']:.0f} %" if gained else "–",
+                f"{gained['speedup']:.1f}×" if gained else "–",
+                f"{engine['size_bytes'] / 1024:.0f} KiB",
+            )
+        )
+    metric = result["seeds"][0]["engines"][0]["metric"]["name"]
+    return table(("engine", "backend", f"{metric} (engine)", "of the teacher's", "speed, teacher = 1", "size"), rows)
+
+
+def distilled_best() -> str:
+    """The fastest int8 engine of benchmarks/results/distilled_engines.json in a sentence."""
+    path = RESULTS / "distilled_engines.json"
+    if not path.is_file():
+        return "Nothing yet.\n"
+    result = json.loads(path.read_text())
+    best = max((each for each in result["summary"] if each["precision"] == "int8"), key=lambda each: float(each["speedup"]))
+    teacher = result["seeds"][0]["across"]["engines"][0]["backend"]["name"]
+    file, recipe = "benchmarks/results/distilled_engines.json", result["recipe"]
+    return (
+        f"On street scenes (CamVid), [{Path(recipe).name}]({recipe}) gives an int8 student on {best['backend']} that is\n"
+        f"{best['speedup']:.1f} times as fast as its float32 teacher on {teacher} and keeps\n"
+        f"{100 * best['metric_kept']:.0f} % of its mIoU (means of {best['seeds']} seeds, engines measured\n"
+        f"in turns: [{file}]({file})).\n"
+    )
+
+
 def h200() -> str:
     """benchmarks/results/h200.json: what ran on that machine."""
     report = json.loads((RESULTS / "h200.json").read_text())["report"]
@@ -452,12 +499,13 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart},
+    "README.md": {"quickstart": quickstart, "distilled best": distilled_best},
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
     "docs/methods.md": {"methods": methods},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {
         "cifar10": cifar10,
+        "distilled engines": distilled_engines,
         "ghost": ghost,
         "h200": h200,
         "int8 width": width,
