@@ -364,6 +364,14 @@ def _check_order(recipe: Recipe) -> list[Problem]:
                 )
             )
         trained = True
+        if isinstance(stage, PruneConfig) and recipe.student.model.name in models.UNPRUNABLE:
+            problems.append(
+                Problem(
+                    path,
+                    f"the channels of {recipe.student.model.name} cannot be followed: its attention multiplies maps",
+                    "remove this stage, or choose another model; one of less width is smaller too",
+                )
+            )
         if isinstance(stage, QuantizeConfig | PtqConfig):
             quantized = stage.kind
         if isinstance(stage, FinetuneConfig) and stage.super_resolution is not None:

@@ -607,6 +607,14 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(folder):
     assert lines == [3, 6, 13, 25]
 
 
+def test_a_model_whose_channels_cannot_be_followed_is_not_pruned(folder):
+    text = (ROOT / "recipes" / "segmentation" / "fakd.yaml").read_text()
+    text = text.replace("student:\n  model: {name: unet, arguments: {width: 8}}", "student:\n  model: {name: fanet}")
+    (folder / "recipe.yaml").write_text(text.replace("deploy:", "  - {kind: prune, macs: 0.6, train: {epochs: 1}}\ndeploy:"))
+    with pytest.raises(RecipeError, match=r"stages\[1\].kind: the channels of fanet cannot be followed"):
+        load_recipe(Path("recipe.yaml"))
+
+
 def test_what_the_message_calls_allowed_is_accepted(folder, monkeypatch, capsys):
     """Every name and key that a refusal lists, put in place of the wrong one, is not refused as unknown."""
     (folder / "bad.yaml").write_text(BASE.replace("resnet8", "x"))

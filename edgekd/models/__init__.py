@@ -37,6 +37,7 @@ from edgekd.nn.taps import INPUT, check_paths
 
 __all__ = [
     "MODELS",
+    "UNPRUNABLE",
     "Entry",
     "ModelConfig",
     "at_width",
@@ -178,6 +179,10 @@ def widths(config: ModelConfig) -> tuple[float, ...]:
 def at_width(config: ModelConfig, width: float) -> ModelConfig:
     """The ordinary model that a slimmable one is at a width; its weights are edgekd.nn.slimmable.plain_state."""
     return ModelConfig(name="unet", arguments=slim_unet.at_width(config.arguments, width), taps=config.taps)
+
+
+UNPRUNABLE = ("fanet",)
+"""Names of models through whose products of maps torch-pruning does not find its way: it searches for hours."""
 
 
 def fixed_channels(model: nn.Module) -> list[nn.Module]:

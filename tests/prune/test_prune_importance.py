@@ -25,8 +25,8 @@ NARROW = {
     "pspnet": {"width": 0.5},
     "deeplabv3plus": {"backbone": "resnet18", "width": 0.5},
 }
-LEFT_OUT = {*RESIZED, "slim_unet", "fanet"}
-"""slim_unet is cut as one of its widths, a U-Net; torch-pruning takes many minutes to follow fanet's attention."""
+LEFT_OUT = {*RESIZED, *models.UNPRUNABLE, "slim_unet"}
+"""slim_unet is cut as one of its widths, a U-Net."""
 FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv2"]
 
 
