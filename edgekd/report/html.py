@@ -57,8 +57,9 @@ def cards(report: dict[str, Any]) -> list[dict[str, str]]:
     answer = report["answer"]
     metric, latency = answer["metric"], answer["latency_ms"]
     name = metric["name"] or "metric"
+    title = name.capitalize() if name.islower() else name  # mIoU and mAP50 as they are
     found = [
-        _card(name.capitalize(), rows[name], f"{rows[name][3]}" if metric["difference"] is not None else ""),
+        _card(title, rows[name], f"{rows[name][3]}" if metric["difference"] is not None else ""),
         _card("Latency", rows["latency, p50"], f"{units.ratio(latency['ratio'])} as fast" if latency["ratio"] else ""),
         _card("Size", rows["engine size"], rows["engine size"][3]),
         _card("Peak memory", rows["peak memory"], rows["peak memory"][3]),

@@ -11,7 +11,7 @@ import pytest
 
 from edgekd import report
 from edgekd.report import charts, facts, markdown, terminal, views
-from edgekd.report.html import script_json
+from edgekd.report.html import cards, script_json
 from edgekd.report.views import Table, table
 
 
@@ -148,6 +148,13 @@ def test_the_cards_show_the_answer(full):
     assert "Accuracy 97.50 % −1.39 points was 98.89 %" in text
     assert "Size 68.4 KiB 15.7× smaller was 1.05 MiB" in text
     assert "Energy – not read: this system has no energy counter (powercap)" in text
+
+
+@pytest.mark.parametrize(("name", "title"), [("accuracy", "Accuracy"), ("mIoU", "mIoU"), ("mAP50", "mAP50")])
+def test_a_metrics_card_has_its_name(name, title, full):
+    found, _, _ = outputs(full)
+    found["answer"]["metric"]["name"] = name
+    assert cards(found)[0]["title"] == title
 
 
 def test_the_page_asks_no_network_for_anything(full):
