@@ -46,7 +46,7 @@ class _BoxesConfig(Config):
     root: str
     """The folder that holds the data; a relative path is looked up under $EDGEKD_DATA, then beside the recipe."""
     size_px: int = Field(ge=32, le=LARGEST_PX, multiple_of=STEP_PX)
-    """Height and width: images are scaled to fit, and the rest is grey (letterbox)."""
+    """Height and width, a multiple of 16: images are scaled to fit, and the rest is grey (letterbox)."""
     channels: Literal[1, 3, 4] = 3
     """Colour, grey (1), or colour and infrared (4)."""
     infrared: str | None = None

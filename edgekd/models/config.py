@@ -29,7 +29,8 @@ class ModelConfig(Config):
     weights: str | None = None
     """A .safetensors file, or a file that torch.save wrote from a state_dict; random weights where it is not given."""
     backbone_weights: str | None = None
-    """Such a file of a classifier, whose trunk is the model's backbone: torchvision's ResNets, for models that have one."""
+    """Such a file of a classifier, whose trunk is the model's backbone: torchvision's or timm's ResNets, or edgekd's mobilenetv2,
+    for models on one."""
 
     @field_validator("name")
     @classmethod
