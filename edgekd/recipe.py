@@ -130,7 +130,7 @@ class MeasureConfig(Config):
     duration_s: float = Field(2.0, gt=0, le=3600)
     """Seconds of steady state for each engine alone in its process."""
     compare_s: float = Field(6.0, gt=0, le=3600)
-    """Seconds for all engines of one backend together, interleaved."""
+    """Seconds for all engines of one deploy entry together, interleaved."""
 
 
 class BudgetConfig(Config):
