@@ -1,9 +1,10 @@
 """Hybrid bits and what teaches them: GHOST's comparison on real images, from one float twin per seed.
 
 For each data set and seed a float model is trained once. From it start, with equal budgets: uniform bits (8, 6, 5, 4, 3); hybrid
-bits of the size that uniform 5 bits have (and 4, and 3); and both under the float twin with each method. Values are those after
-the last epoch, mAP50 or accuracy on the test split, by the trained model itself. ``--engines`` builds and measures engines of
-what is trained: on a machine that does nothing else.
+bits of the size that uniform 5 bits have (and 4, and 3); hybrid bits under the float twin with each method, and uniform 5 bits
+with ``ost``. Data of few images have more epochs, of many fewer. Values are those after the last epoch, mAP50, accuracy or mIoU
+on the test split, by the trained model itself. ``--engines`` builds and measures engines of what is trained: on a machine that
+does nothing else.
 
     EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd cifar10 camvid] [--seeds 3] [--epochs 40] [--qat-epochs 8]
     [--variant ...]

@@ -11,6 +11,8 @@ twice per round: the ratio of the two is the noise that the other ratio has to b
 limit.
 
     python benchmarks/step_cost.py [--rounds 30] [--threads 1]
+
+Writes results/step_cost.json with every sample.
 """
 
 from __future__ import annotations
