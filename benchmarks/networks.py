@@ -1,4 +1,4 @@
-"""Networks of the deployment matrix that edgekd does not ship: small, with torch alone, at the strides that ImageNet uses."""
+"""Networks of other benchmarks that edgekd does not ship: small, with torch alone, at the strides that ImageNet uses."""
 
 from __future__ import annotations
 
