@@ -1,6 +1,7 @@
 """From teacher to device: a distilled student's engines against its teacher's in float32, over several seeds.
 
-The protocol is the shipped recipe, whole: teacher, distillation, quantization, engines. What methods.py has trained is reused.
+The protocol is the shipped recipe, whole: teacher, distillation, quantization, engines; it must deploy the teacher in float32, as
+structured_kd's does. What methods.py has trained is reused.
 For every seed all the student's engines are measured in turns with the teacher's float32 engine, in one process, whatever their
 backends. To be run on a machine that does nothing else.
 
