@@ -122,7 +122,7 @@ def validate(recipe: RecipeFile) -> None:
     recipes.preflight(loaded)
     stages = " > ".join(stage.kind for stage in loaded.recipe.stages)
     engines = sum(len(recipes.deployed_roles(loaded.recipe, entry)) * len(entry.precision) for entry in loaded.recipe.deploy)
-    print(f"{recipe}: valid. {stages}; up to {engines} engines")
+    print(f"{recipe}: valid. {stages}; up to {engines} engine{'s' * (engines != 1)}")
 
 
 @app.command(epilog="Example: edgekd schema > recipe.schema.json")
@@ -153,7 +153,7 @@ def methods(as_json: Json = False) -> None:
     for row in rows:
         print(f"{row['name']}: {row['summary']}")
         for name, option in row["options"].items():
-            print(f"  {name} = {option['default']}: {option['help']}")
+            print(f"  {name} = {option['default']}: {' '.join(option['help'].split())}")
 
 
 @app.command(epilog="Example: edgekd backends --json")

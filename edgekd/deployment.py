@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgekd import __version__, engine_parity
+from edgekd._optional import require
 from edgekd.artifacts import Artifact, Checkpoint, Store, content_id, write_json
 from edgekd.data.base import Dataset
 from edgekd.data.windows import windowed
@@ -180,7 +181,10 @@ class Deployment:
         return found
 
     def _export(self, checkpoint: Checkpoint, encoding: str) -> Artifact:
-        versions = {library: version(library) for library in (*EXPORT_LIBRARIES, "onnxruntime")}
+        # not asked of the package: onnxruntime-gpu is the same module
+        versions = {library: version(library) for library in EXPORT_LIBRARIES} | {
+            "onnxruntime": require("onnxruntime").__version__
+        }
         settings = self.recipe.export.model_copy(update={"opset": self.opset})
         config = {"encoding": encoding, **settings.model_dump(mode="json")}
         inputs = {

@@ -25,14 +25,17 @@ def advise(facts: dict[str, Any]) -> list[str]:
     if not facts["gpus"]:
         why = facts["gpu_reason"]
         advice.append(f"No NVIDIA GPU ({why}): TensorRT-RTX engines can be built here for named compute capabilities, not run.")
-    missing = [(name, state["hint"]) for name, state in facts["backends"].items() if not state["available"]]
+    useless = () if facts["gpus"] else ("tensorrt",)  # it builds nothing for GPUs elsewhere
+    missing = [
+        (name, state["hint"]) for name, state in facts["backends"].items() if not state["available"] and name not in useless
+    ]
     advice.extend(f"Backend {name} is not installed; {hint}" for name, hint in missing)
     return advice
 
 
 def _int8(flags: set[str], arch: str) -> str:
     if "amx_int8" in flags:
-        return "INT8: the CPU has AMX tiles for it; wide convolutions run up to 4 times as fast as float32, or more."
+        return "INT8: the CPU has AMX tiles for it; wide convolutions run about 4 times as fast as float32."
     if "avx512_vnni" in flags or "avx_vnni" in flags:
         return "INT8: the CPU has VNNI; wide convolutions run up to about 4 times as fast as float32."
     if "avx2" in flags:

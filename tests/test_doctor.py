@@ -46,6 +46,9 @@ def test_advice_about_gpus_and_backends():
     assert "GPU RTX 4090 (SM89, driver 580.1) has INT8 and FP16 tensor cores." in doctor.advise(facts(gpus=[gpu]))
     assert any("named compute capabilities" in line for line in doctor.advise(facts()))
     assert "Backend openvino is not installed; run: pip install openvino" in doctor.advise(facts(missing=["openvino"]))
+    advice = "Backend tensorrt is not installed; run: pip install tensorrt"
+    assert advice in doctor.advise(facts(gpus=[gpu], missing=["tensorrt"]))
+    assert advice not in doctor.advise(facts(missing=["tensorrt"])), "it would have no GPU to build for"
 
 
 def test_lines_show_everything():

@@ -145,6 +145,12 @@ def map_pairs(
     return pairs, {role: channels[role] for pair in pairs for role in pair}
 
 
+def output_shapes(student: Loaded, teacher: Loaded) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of what both models answer with."""
+    ours, theirs = (tap_shapes(one.module, {"output": ""}, one.architecture.example())["output"] for one in (student, teacher))
+    return ours, theirs
+
+
 def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool, least_px: int = ATTENTION_SIDE_PX) -> int:
     """The number of classes of models that answer with a score for every class at every place.
 
@@ -158,7 +164,7 @@ def score_maps(student: Loaded, teacher: Loaded, *, method: str, critic: bool, l
     Raises:
         RecipeError: The outputs are no score maps [B, K, H, W] of one shape with K at least 2, or too small for the critic.
     """
-    ours, theirs = (tap_shapes(one.module, {"output": ""}, one.architecture.example())["output"] for one in (student, teacher))
+    ours, theirs = output_shapes(student, teacher)
     if len(ours) != 4 or ours != theirs:
         raise RecipeError(
             f"{method} compares score maps [B, K, H, W] of one shape; the student's output is {list(ours)}, the teacher's "

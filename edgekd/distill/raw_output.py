@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from edgekd._config import Config
-from edgekd.distill.base import Distiller
+from edgekd.distill.base import Distiller, output_shapes
+from edgekd.errors import RecipeError
 from edgekd.train.checkpoint import Loaded
 from edgekd.train.step import StepInputs
 
@@ -37,8 +38,23 @@ class RawOutputConfig(Config):
     weight: float = Field(0.1, ge=0, le=10_000)
     """Weight of the distillation term."""
 
-    def build(self, student: Loaded, teacher: Loaded) -> RawOutputDistiller:  # noqa: ARG002
-        """The Distiller; it needs no adapters, so it looks at neither model."""
+    def build(self, student: Loaded, teacher: Loaded) -> RawOutputDistiller:
+        """The Distiller.
+
+        Raises:
+            RecipeError: The models answer in different shapes, or with maps, which have no divergence here.
+        """
+        ours, theirs = output_shapes(student, teacher)
+        if ours != theirs:
+            raise RecipeError(
+                f"{self.name} compares outputs of one shape; the student's is {list(ours)}, the teacher's {list(theirs)}",
+                hint="give both models the same task and outputs",
+            )
+        if self.divergence == "kl" and len(ours) > 3:
+            raise RecipeError(
+                f"{self.name}.divergence: kl is for scores of classes and for boxes; the models answer with {list(ours)}",
+                hint="take mse, or for masks the method structured_kd",
+            )
         return RawOutputDistiller(self)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from edgekd.distill.raw_output import RawOutputConfig, divergence, squared_difference
+from edgekd.distill.raw_output import RawOutputConfig, RawOutputDistiller, divergence, squared_difference
 from edgekd.train.step import Outputs, StepInputs
 
 
@@ -70,7 +70,7 @@ def test_large_logits_stay_finite():
 def test_the_term_is_weighted_and_named(kind):
     student, teacher = drawn(2, 3), drawn(2, 3, seed=1)
     step = StepInputs(torch.zeros(2, 1, 1, 1), torch.zeros(2), Outputs(student), Outputs(teacher), 0, 0)
-    terms = RawOutputConfig(name="raw_output", divergence=kind, weight=0.5).build(None, None).losses(step)
+    terms = RawOutputDistiller(RawOutputConfig(name="raw_output", divergence=kind, weight=0.5)).losses(step)
     expected = 0.5 * (squared_difference if kind == "mse" else divergence)(student.float(), teacher.float())
     assert list(terms) == ["raw_output"]
     torch.testing.assert_close(terms["raw_output"], expected)
