@@ -53,7 +53,7 @@ def main() -> None:
         for seed in range(given.seeds):
             if seed not in known:
                 known[seed] = run(recipe, seed, given.threads)
-                write(name, path, recipe, known)
+                write(name, path, recipe, known, given.threads)
 
 
 def recipes() -> dict[str, Path]:
@@ -208,7 +208,7 @@ def identity(recipe: dict[str, Any]) -> str:
     return digest(protocol(recipe), recipe.get("teacher"), distilling(recipe)[-1], *own)
 
 
-def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]]) -> None:
+def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]], threads: int) -> None:
     """The result file."""
     rows = [values[seed] for seed in sorted(values)]
     gains = [row[WITH]["value"] - row[ALONE]["value"] for row in rows]
@@ -221,6 +221,7 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         "task": task,
         "data": described(recipe["data"]),
         "precision": recipe["compute"]["precision"],
+        "threads": threads,
         "student": recipe["student"]["model"],
         "teacher": recipe.get("teacher"),
         "stage": distilling(recipe)[-1],
