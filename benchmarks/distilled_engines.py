@@ -1,11 +1,10 @@
 """From teacher to device: a distilled student's engines against its teacher's in float32, over several seeds.
 
-The protocol is the shipped recipe, whole: teacher, distillation, quantization, engines; it must deploy the teacher in float32, as
-structured_kd's does. What methods.py has trained is reused.
-For every seed all the student's engines are measured in turns with the teacher's float32 engine, in one process, whatever their
-backends. To be run on a machine that does nothing else.
+The protocol is a shipped recipe, whole: teacher, distillation, quantization, engines. What methods.py has trained is reused: the
+teacher is the same for all seeds. For every seed all the student's engines are measured in turns with the teacher's first engine,
+in one process, whatever their backends. To be run on a machine that does nothing else.
 
-    EDGEKD_DATA=... python benchmarks/distilled_engines.py --method structured_kd [--seeds 3] [--threads 2]
+    EDGEKD_DATA=... python benchmarks/distilled_engines.py [recipes/segmentation/camvid_distilled.yaml] [--seeds 3] [--threads 2]
                                                            [--precision bf16-mixed]
 
 Writes results/distilled_engines.json after every seed: each engine's metric on the test split, size and raw samples, the ratios
@@ -20,22 +19,24 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from methods import digest, recipes, taught, teacher
+from methods import digest, taught, teacher
 from ruamel.yaml import YAML
 from run_recipe import RESULTS, ROOT, across, compress
 
+RECIPE = ROOT / "recipes" / "segmentation" / "camvid_distilled.yaml"
 RESULT = RESULTS / "distilled_engines.json"
 
 
 def main() -> None:
-    found = {name: path for name, path in recipes().items() if has_teachers_engine(YAML(typ="safe").load(path))}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=sorted(found), required=True)
+    parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE, help="one that deploys the teacher too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the trainings")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of all trainings")
     given = parser.parse_args()
-    recipe = YAML(typ="safe").load(found[given.method])
+    recipe = YAML(typ="safe").load(given.recipe)
+    if not any("teacher" in entry.get("models", ()) for entry in recipe["deploy"]):
+        raise SystemExit(f"{given.recipe} has no engine of the teacher to compare with")
     recipe["compute"] = {"precision": given.precision}
     master = teacher(recipe, given.threads)
     rows = []
@@ -46,15 +47,10 @@ def main() -> None:
         if code != 0:
             raise SystemExit(f"the run in {out} failed with exit code {code}")
         rows.append({"seed": seed, **measured(out)})
-        result = {"schema": 1, "recipe": str(found[given.method].relative_to(ROOT)), "precision": given.precision}
+        result = {"schema": 1, "recipe": str(given.recipe.resolve().relative_to(ROOT)), "precision": given.precision}
         result |= {"summary": summary(rows), "seeds": rows}
         RESULT.write_text(json.dumps(result).replace(f"{ROOT}/", ""))
         print(f"wrote {RESULT.relative_to(ROOT)}: {json.dumps(result['summary'], indent=1)}", flush=True)
-
-
-def has_teachers_engine(recipe: dict[str, Any]) -> bool:
-    """Whether there will be something to compare with."""
-    return any("teacher" in entry.get("models", ()) for entry in recipe["deploy"])
 
 
 def measured(out: Path) -> dict[str, Any]:
