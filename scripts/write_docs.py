@@ -319,7 +319,7 @@ def distilled_engines() -> str:
                 f"{engine['role']}, {engine['precision']}",
                 engine["backend"],
                 f"{100 * sum(other['metric']['value'] for other in same) / len(same):.1f} %",
-                f"{100 * gained['metric_kept']:.0f} %" if gained else "–",
+                f"{100 * gained['metric_kept']:.1f} %" if gained else "–",
                 f"{gained['speedup']:.1f}×" if gained else "–",
                 f"{engine['size_bytes'] / 1024:.0f} KiB",
             )
@@ -337,11 +337,12 @@ def distilled_best() -> str:
     best = max((each for each in result["summary"] if each["precision"] == "int8"), key=lambda each: float(each["speedup"]))
     teacher = result["seeds"][0]["across"]["engines"][0]["backend"]["name"]
     file, recipe = "benchmarks/results/distilled_engines.json", result["recipe"]
+    called = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     return (
-        f"On street scenes (CamVid), [{Path(recipe).name}]({recipe}) gives an int8 student on {best['backend']} that is\n"
-        f"{best['speedup']:.1f} times as fast as its float32 teacher on {teacher} and keeps\n"
-        f"{100 * best['metric_kept']:.0f} % of its mIoU (means of {best['seeds']} seeds, engines measured\n"
-        f"in turns: [{file}]({file})).\n"
+        f"On street scenes (CamVid), [{Path(recipe).name}]({recipe}) gives an int8 student on\n"
+        f"{called.get(best['backend'], best['backend'])} that is {best['speedup']:.1f} times as fast as its float32 teacher on "
+        f"{called.get(teacher, teacher)} and keeps\n{100 * best['metric_kept']:.1f} % of its mIoU: means of {best['seeds']} seeds, "
+        f"engines measured in turns\n([{file}]({file})).\n"
     )
 
 
