@@ -341,8 +341,8 @@ def distilled_best() -> str:
     return (
         f"On street scenes (CamVid), [{Path(recipe).name}]({recipe}) gives an int8 student on\n"
         f"{called.get(best['backend'], best['backend'])} that is {best['speedup']:.1f} times as fast as its float32 teacher on "
-        f"{called.get(teacher, teacher)} and keeps\n{100 * best['metric_kept']:.1f} % of its mIoU: means of {best['seeds']} seeds, "
-        f"engines measured in turns\n([{file}]({file})).\n"
+        f"{called.get(teacher, teacher)} and keeps\n{100 * best['metric_kept']:.1f} % of its mIoU: means of {best['seeds']} "
+        f"seeds, engines measured in turns\n([{file}]({file})).\n"
     )
 
 
