@@ -300,10 +300,7 @@ def cifar10() -> str:
 
 def distilled_engines() -> str:
     """benchmarks/results/distilled_engines.json as a table: means over the seeds."""
-    path = RESULTS / "distilled_engines.json"
-    if not path.is_file():
-        return "Nothing yet.\n"
-    result = json.loads(path.read_text())
+    result = json.loads((RESULTS / "distilled_engines.json").read_text())
     rows = []
     found = {(each["backend"], each["precision"]): each for each in result["summary"]}
     for engine in result["seeds"][0]["engines"]:
@@ -330,10 +327,7 @@ def distilled_engines() -> str:
 
 def distilled_best() -> str:
     """The fastest int8 engine of benchmarks/results/distilled_engines.json in a sentence."""
-    path = RESULTS / "distilled_engines.json"
-    if not path.is_file():
-        return "Nothing yet.\n"
-    result = json.loads(path.read_text())
+    result = json.loads((RESULTS / "distilled_engines.json").read_text())
     best = max((each for each in result["summary"] if each["precision"] == "int8"), key=lambda each: float(each["speedup"]))
     teacher = result["seeds"][0]["across"]["engines"][0]["backend"]["name"]
     file, recipe = "benchmarks/results/distilled_engines.json", result["recipe"]

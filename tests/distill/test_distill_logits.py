@@ -58,7 +58,7 @@ def test_it_needs_scores_of_classes():
         return Loaded(module, {}, Architecture(config.model_dump(mode="json"), classes, 3, 32, 32))
 
     classifier, segmenter = loaded("resnet8", 5), loaded("unet", 5, width=4)
-    LogitsConfig(name="logits").build(classifier, loaded("resnet14", 5))
+    assert isinstance(LogitsConfig(name="logits").build(classifier, loaded("resnet14", 5)), LogitsDistiller)
     with pytest.raises(RecipeError, match=r"logits compares scores of classes \[B, K\]; the student gives \[2, 5, 32, 32\]"):
         LogitsConfig(name="logits").build(segmenter, segmenter)
     with pytest.raises(RecipeError, match=r"the teacher \[2, 4\]"):
