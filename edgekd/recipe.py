@@ -27,6 +27,7 @@ from edgekd.data.boxes import LARGEST_PX
 from edgekd.data.paths import find
 from edgekd.distill import MethodConfig
 from edgekd.distill.base import needs_teacher
+from edgekd.distill.logits import LogitsConfig
 from edgekd.distill.slimseg import SlimsegConfig
 from edgekd.distill.stage import DistillConfig
 from edgekd.engines import BackendOptions, backend
@@ -252,7 +253,7 @@ def deployed_roles(recipe: Recipe, entry: DeployConfig) -> list[str]:
 
 
 def _check_task(recipe: Recipe) -> list[Problem]:
-    """The data has the labels that the task needs, and a detector the heads."""
+    """The data has the labels that the task needs, a detector the heads, and a method the outputs."""
     problems = []
     task = recipe.task
     needs, has = LABELS[task.kind], LABELS_OF[recipe.data.kind]
@@ -286,6 +287,15 @@ def _check_task(recipe: Recipe) -> list[Problem]:
         elif model.name in models.names() and (made_for := _made_for(model.name)) != task.kind:
             right = ", ".join(MAPS[task.kind]) if task.kind in MAPS else "another model"
             problems.append(Problem(path, f"{model.name} gives {GIVES[made_for]}", f"use {right}, or the task {made_for}"))
+    problems += [
+        Problem(
+            ("stages", number, "method"),
+            f"logits compares the scores of classes, which the task {task.kind} does not give",
+            "for boxes take raw_output" if isinstance(task, DetectionConfig) else "for masks take structured_kd",
+        )
+        for number, stage in enumerate(recipe.stages)
+        if task.kind != "classification" and isinstance(getattr(stage, "method", None), LogitsConfig)
+    ]
     return problems
 
 

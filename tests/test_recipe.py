@@ -615,6 +615,15 @@ def test_a_model_whose_channels_cannot_be_followed_is_not_pruned(folder):
         load_recipe(Path("recipe.yaml"))
 
 
+def test_logits_are_for_classes(folder):
+    text = (ROOT / "recipes" / "segmentation" / "fakd.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub(r"method: .*", "method: {name: logits}", text))
+    with pytest.raises(
+        RecipeError, match=r"stages\[0\].method: logits compares the scores of classes, .* segmentation does not give"
+    ):
+        load_recipe(Path("recipe.yaml"))
+
+
 def test_what_the_message_calls_allowed_is_accepted(folder, monkeypatch, capsys):
     """Every name and key that a refusal lists, put in place of the wrong one, is not refused as unknown."""
     (folder / "bad.yaml").write_text(BASE.replace("resnet8", "x"))

@@ -6,12 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from edgekd import models
 from edgekd.distill.logits import LogitsConfig, LogitsDistiller, soft_cross_entropy
-from edgekd.distill.raw_output import RawOutputConfig
-from edgekd.errors import RecipeError
-from edgekd.models import ModelConfig
-from edgekd.train.checkpoint import Architecture, Loaded
 from edgekd.train.step import Outputs, StepInputs
 
 
@@ -49,25 +44,6 @@ def test_agrees_with_loops(images, classes, temperature):
     student, teacher = pair(images, classes)
     actual = soft_cross_entropy(student, teacher, temperature)
     assert actual.item() == pytest.approx(by_hand(student, teacher, temperature), rel=1e-9)
-
-
-def test_it_needs_scores_of_classes():
-    def loaded(name, classes, **arguments):
-        config = ModelConfig(name=name, arguments=arguments)
-        module = models.build(config, num_classes=classes, in_channels=3)
-        return Loaded(module, {}, Architecture(config.model_dump(mode="json"), classes, 3, 32, 32))
-
-    classifier, segmenter = loaded("resnet8", 5), loaded("unet", 5, width=4)
-    assert isinstance(LogitsConfig(name="logits").build(classifier, loaded("resnet14", 5)), LogitsDistiller)
-    with pytest.raises(RecipeError, match=r"logits compares scores of classes \[B, K\]; the student gives \[2, 5, 32, 32\]"):
-        LogitsConfig(name="logits").build(segmenter, segmenter)
-    with pytest.raises(RecipeError, match=r"the teacher \[2, 4\]"):
-        LogitsConfig(name="logits").build(classifier, loaded("resnet14", 4))
-    RawOutputConfig(name="raw_output").build(segmenter, segmenter)
-    with pytest.raises(RecipeError, match=r"raw_output\.divergence: kl is for scores of classes and for boxes"):
-        RawOutputConfig(name="raw_output", divergence="kl").build(segmenter, segmenter)
-    with pytest.raises(RecipeError, match="raw_output compares outputs of one shape"):
-        RawOutputConfig(name="raw_output").build(segmenter, classifier)
 
 
 def test_least_where_both_agree_and_nowhere_else():

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+from edgekd import models
 from edgekd.distill.raw_output import RawOutputConfig, RawOutputDistiller, divergence, squared_difference
+from edgekd.errors import RecipeError
+from edgekd.models import ModelConfig
+from edgekd.train.checkpoint import Architecture, Loaded
 from edgekd.train.step import Outputs, StepInputs
 
 
@@ -74,3 +78,17 @@ def test_the_term_is_weighted_and_named(kind):
     expected = 0.5 * (squared_difference if kind == "mse" else divergence)(student.float(), teacher.float())
     assert list(terms) == ["raw_output"]
     torch.testing.assert_close(terms["raw_output"], expected)
+
+
+def test_what_has_no_divergence_and_what_differs_in_shape():
+    def loaded(name, **arguments):
+        config = ModelConfig(name=name, arguments=arguments)
+        module = models.build(config, num_classes=5, in_channels=3)
+        return Loaded(module, {}, Architecture(config.model_dump(mode="json"), 5, 3, 32, 32))
+
+    classifier, segmenter = loaded("resnet8"), loaded("unet", width=4)
+    RawOutputConfig(name="raw_output").build(segmenter, segmenter)
+    with pytest.raises(RecipeError, match=r"raw_output\.divergence: kl is for scores of classes and for boxes"):
+        RawOutputConfig(name="raw_output", divergence="kl").build(segmenter, segmenter)
+    with pytest.raises(RecipeError, match="raw_output compares outputs of one shape"):
+        RawOutputConfig(name="raw_output").build(segmenter, classifier)
