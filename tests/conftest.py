@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from edgekd import cli
+
 # examples have no time limit: on a busy machine the first one would break any
 settings.register_profile("edgekd", deadline=None)
 settings.load_profile("edgekd")
@@ -50,6 +52,24 @@ def data_root():
     if not Path(value).is_dir():
         pytest.skip(f"EDGEKD_DATA is {value}, which is no folder")
     return Path(value)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["edgekd", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return call
 
 
 # a recipe that runs in seconds

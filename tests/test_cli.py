@@ -37,24 +37,6 @@ COMMANDS = {
 }
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["edgekd", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return call
-
-
 def test_the_command_line_is_frozen():
     group = typer.main.get_command(cli.app)
     found = {"": group, **group.commands}
