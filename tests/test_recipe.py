@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import edgekd
-from edgekd import cli
 from edgekd.errors import RecipeError
 from edgekd.models.superyolo import STRIDES
 from edgekd.recipe import SALIENCY, SEGMENTERS, Recipe, json_schema, load_recipe, preflight, smoke
@@ -69,22 +68,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def validate(path, monkeypatch, capsys):
-    """Exit code, standard output and standard error of ``edgekd validate``."""
-    monkeypatch.setattr(sys, "argv", ["edgekd", "validate", str(path)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code or 0
-    streams = capsys.readouterr()
-    return code, streams.out, streams.err
-
-
-def test_the_base_of_all_tests_is_valid(folder, monkeypatch, capsys):
+def test_the_base_of_all_tests_is_valid(folder, run):
     for number, text in enumerate((BASE, IMAGES, "\ufeff" + BASE, BASE.replace("\n", "\r\n"))):
         (folder / f"{number}.yaml").write_bytes(text.encode())
-        code, out, err = validate(f"{number}.yaml", monkeypatch, capsys)
+        code, out, err = run("validate", f"{number}.yaml")
         assert (code, err) == (0, "")
         assert out == f"{number}.yaml: valid. distill > prune > quantize; up to 5 engines\n"
 
@@ -541,12 +528,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_recipe_is_explained(name, folder, monkeypatch, capsys):
+def test_a_bad_recipe_is_explained(name, folder, run):
     bad = BAD[name]
     assert bad.old in bad.base
     text = bad.base.replace(bad.old, bad.new, 1)
     (folder / "bad.yaml").write_bytes(text.encode())
-    code, out, err = validate("bad.yaml", monkeypatch, capsys)
+    code, out, err = run("validate", "bad.yaml")
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert len(err) < 3000
@@ -579,10 +566,10 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_file_that_is_no_recipe_is_explained(name, folder, monkeypatch, capsys):
+def test_a_file_that_is_no_recipe_is_explained(name, folder, run):
     content, message, hint = WHOLE[name]
     (folder / "bad.yaml").write_bytes(content)
-    code, out, err = validate("bad.yaml", monkeypatch, capsys)
+    code, out, err = run("validate", "bad.yaml")
     assert (code, out) == (2, "")
     assert f"error: {message}" in err
     assert hint in err.splitlines()[-1]
@@ -592,8 +579,8 @@ def test_a_file_that_is_no_recipe_is_explained(name, folder, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("path", "message"), [("gone.yaml", "gone.yaml does not exist"), (".", ". is not a file"), ("x" * 300, "too long")]
 )
-def test_a_path_that_is_no_file_is_explained(path, message, folder, monkeypatch, capsys):
-    code, _, err = validate(path, monkeypatch, capsys)
+def test_a_path_that_is_no_file_is_explained(path, message, folder, run):
+    code, _, err = run("validate", path)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
@@ -624,10 +611,10 @@ def test_logits_are_for_classes(folder):
         load_recipe(Path("recipe.yaml"))
 
 
-def test_what_the_message_calls_allowed_is_accepted(folder, monkeypatch, capsys):
+def test_what_the_message_calls_allowed_is_accepted(folder, run):
     """Every name and key that a refusal lists, put in place of the wrong one, is not refused as unknown."""
     (folder / "bad.yaml").write_text(BASE.replace("resnet8", "x"))
-    allowed = re.search(r"allowed: (.*)", validate("bad.yaml", monkeypatch, capsys)[2])[1].split(", ")
+    allowed = re.search(r"allowed: (.*)", run("validate", "bad.yaml")[2])[1].split(", ")
     assert len(allowed) > 10
     for name in allowed[:-2]:  # the last two are callable and the zoos
         if name in (*STRIDES, *SEGMENTERS, *SALIENCY):  # it is refused for its task, not for its name
