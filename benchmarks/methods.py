@@ -1,11 +1,12 @@
 """What a distillation method adds: the student with it against the same student alone, over several seeds.
 
 The protocol is the shipped recipe: its data, task, models and budget. The teacher is trained once, with seed 0. For every seed
-the student is trained alone and with the method, from the same initial weights, for as many epochs; values are those of the last
-epoch, on the test split. Where the recipe finetunes the student first, both go on from the finetuned one. Where its test split is
-of another set of images than train and val, the values are those across domains, and each row has the value on val too. Methods
-whose recipes share task, data, student and budget share the students alone. A student with several widths is held against an
-ordinary one of its full width, and each narrower width against one of that width, trained alone for as long.
+the student is trained alone and with the method, from the same initial weights, for as many steps (where images without labels
+are drawn with the method, more epochs of the labelled ones alone); values are those of the last epoch, on the test split. Where
+the recipe finetunes the student first, both go on from the finetuned one. Where its test split is of another set of images than
+train and val, the values are those across domains, and each row has the value on val too. Methods whose recipes share task, data,
+student and budget share the students alone. A student with several widths is held against an ordinary one of its full width, and
+each narrower width against one of that width, trained alone for as long.
 
     EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
                                                  [--precision bf16-mixed]
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from ghost import interval
+from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 from run_recipe import RESULTS, ROOT, compress
 
 from edgekd import models
 from edgekd.artifacts import Artifact, read_artifact
+from edgekd.distill import MethodConfig
 from edgekd.models import ModelConfig
 
 RUNS = ROOT / "runs" / "methods"
@@ -79,9 +82,20 @@ def distilling(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     return []
 
 
-def finetuned(stage: dict[str, Any]) -> dict[str, Any]:
-    """The stage without its method."""
-    return {"kind": "finetune", "train": stage["train"]}
+def stages_alone(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of the student alone: those of the method without it, the last for as many steps."""
+    *before, last = [dict(stage["train"]) for stage in distilling(recipe)]
+    last |= {key: round(last[key] * longer(recipe)) for key in ("epochs", "warmup_epochs") if key in last}
+    return [{"kind": "finetune", "train": train} for train in (*before, last)]
+
+
+def longer(recipe: dict[str, Any]) -> float:
+    """Steps in an epoch with the method, over those in one of the labelled images alone (edgekd.data.batches.epoch_length)."""
+    share: float = recipe["data"].get("labelled", 1.0)
+    if share == 1:
+        return 1.0
+    method: Any = TypeAdapter(MethodConfig).validate_python(distilling(recipe)[-1]["method"])
+    return (2 * max(share, 1 - share) if getattr(method, "half_labelled", False) else 1) / share
 
 
 def described(data: dict[str, Any]) -> str:
@@ -111,7 +125,7 @@ def ordinary(student: dict[str, Any], width: float = 1.0) -> dict[str, Any]:
 
 def protocol(recipe: dict[str, Any]) -> str:
     """What students alone share: task, data, precision of training, student, budget."""
-    student, stages = ordinary(recipe["student"]), distilling(recipe)
+    student, stages = ordinary(recipe["student"]), stages_alone(recipe)
     return digest(recipe["task"], recipe["data"], recipe["compute"], student, *(stage["train"] for stage in stages))
 
 
@@ -141,8 +155,7 @@ def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     """Both students of one seed: values on the test split, seconds of the fastest epoch."""
     master = teacher(recipe, threads) if "teacher" in recipe else None
     content, out = taught(recipe, seed, master)
-    stages = [finetuned(stage) for stage in content["stages"]]
-    alone = {key: value for key, value in content.items() if key != "teacher"} | {"stages": stages}
+    alone = {key: value for key, value in content.items() if key != "teacher"} | {"stages": stages_alone(recipe)}
     alone["student"] = ordinary(recipe["student"])
     found = trained(content, out, threads)
     students = {
@@ -225,12 +238,14 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         "student": recipe["student"]["model"],
         "teacher": recipe.get("teacher"),
         "stage": distilling(recipe)[-1],
+        "epochs_alone": stages_alone(recipe)[-1]["train"]["epochs"],
         "gain": interval(gains),
         "widths": {
             width: interval([row["widths"][width][WITH] - row["widths"][width][ALONE] for row in rows])
             for width in rows[0].get("widths", {})
         },
-        "relative_step_time": statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows),
+        "relative_step_time": statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows)
+        / longer(recipe),
         "values": rows,
     }
     file = RESULTS / "methods" / f"{name}.json"
