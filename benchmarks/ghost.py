@@ -72,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scrm": {"name": "scrm", "weight": 1},
     "hcl": {"name": "hcl", "weight": 0.1},
     "raw output": {"name": "raw_output", "weight": 0.1},
+    "ost, weight 2.5": {"name": "ost", "weight": 2.5},
     "ost, published gate": {"name": "ost", "weight": 25, "detach_gate": False},
 }
 REFERENCE = "uniform 5"
