@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import model_validator
 from torch import Tensor
 
+from edgekd._config import Config
 from edgekd.data.base import Dataset, Split
+from edgekd.data.masks import STEP_PX
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class Windows:
     """h and w."""
     stride_px: tuple[int, int]
     """From one window to the next, down and across; no larger than the window, or pixels would be left out."""
+
+    def described(self) -> dict[str, list[int]]:
+        """As io.json has them."""
+        return {"size_px": list(self.size_px), "stride_px": list(self.stride_px)}
 
     def places(self, height: int, width: int) -> list[tuple[int, int]]:
         """The top left corners of an image's windows, row by row."""
@@ -88,6 +95,28 @@ class Windows:
             sums[:, :, rows, columns] += by_image[:, index]
             counts[rows, columns] += 1
         return sums / counts
+
+
+class WindowsConfig(Config):
+    """Evaluate and deploy on windows of the images, whose logits are averaged where they overlap."""
+
+    size_px: tuple[int, int]
+    """Height and width of a window, multiples of 16: what engines take."""
+    stride_px: tuple[int, int] | None = None
+    """From one window to the next, down and across; null: two thirds of the window."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WindowsConfig:
+        if any(not STEP_PX <= side <= 2048 or side % STEP_PX for side in self.size_px):
+            raise ValueError(f"size_px must be multiples of {STEP_PX} within {STEP_PX} and 2048; received {list(self.size_px)}")
+        stride = self.stride_px or (1, 1)
+        if any(not 1 <= step <= side for step, side in zip(stride, self.size_px, strict=True)):
+            raise ValueError(f"stride_px must be within 1 and the window's {list(self.size_px)}; received {list(stride)}")
+        return self
+
+    def build(self) -> Windows:
+        """The windows."""
+        return Windows(self.size_px, self.stride_px or (self.size_px[0] * 2 // 3, self.size_px[1] * 2 // 3))
 
 
 def windowed(data: Dataset, windows: Windows) -> Dataset:

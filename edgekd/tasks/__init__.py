@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from edgekd.data.base import Dataset
+from edgekd.data.windows import Windows, WindowsConfig
 from edgekd.engines.detections import Heads
 from edgekd.errors import DataError
 from edgekd.tasks.anchors import fit_anchors
@@ -55,7 +56,7 @@ def build(config: AnyTask, data: Dataset) -> Task:
                 f"saliency knows two classes, 0 and 1, and the data has {data.num_classes}",
                 hint="where masks are pictures of 0 and 255, give data.threshold: 128",
             )
-        return Saliency(config.boundary_weight)
+        return Saliency(config.boundary_weight, _windows(config.windows, data))
     anchors = (
         fit_anchors(data.train.labels, len(config.strides), ANCHORS)
         if config.anchors is None
@@ -74,10 +75,15 @@ def _segmentation(config: SegmentationConfig, data: Dataset) -> Segmentation:
         weights = tuple(config.class_weights)
         if len(weights) != data.num_classes:
             raise DataError(f"task.class_weights has {len(weights)} numbers, and the data {data.num_classes} classes")
-    windows = None if config.windows is None else config.windows.build()
+    windows = _windows(config.windows, data)
+    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight, config.boundary_px, windows)
+
+
+def _windows(config: WindowsConfig | None, data: Dataset) -> Windows | None:
+    windows = None if config is None else config.build()
     if windows is not None and (windows.size_px[0] > data.height or windows.size_px[1] > data.width):
         raise DataError(
             f"windows of {list(windows.size_px)} pixels are larger than the images, {[data.height, data.width]}",
             hint="lower task.windows.size_px, or leave task.windows out",
         )
-    return Segmentation(data.num_classes, weights, config.hard_pixels, config.dice_weight, config.boundary_px, windows)
+    return windows

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.data.base import IGNORE
+from edgekd.data.windows import Windows, WindowsConfig
 from edgekd.nn.overlap import boundary_dice_each, soft_dice_each
 from edgekd.tasks import saliency_measures as measures
 from edgekd.tasks.base import checked_output
@@ -37,6 +38,8 @@ class SaliencyConfig(Config):
     boundary_weight: float = Field(1.0, ge=0)
     """Weight of the Dice loss of the boundaries beside that of the maps; boundaries are 13 pixels wide in the beginning and 1 in
     the end."""
+    windows: WindowsConfig | None = None
+    """Evaluate the model, and deploy engines, on windows of this size, moved over the images; null: on whole images."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class Saliency:
     """Soft Dice of maps and boundaries, and the largest F-measure in 0..1."""
 
     boundary_weight: float = 1.0
+    windows: Windows | None = None
 
     kind: ClassVar[str] = "saliency"
     metric_name: ClassVar[str] = "max F"
     higher_is_better: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
-    windows: ClassVar[None] = None
 
     def loss(self, logits: Tensor, labels: Tensor, progress: float = 1.0) -> Tensor:
         """The sum over maps k of 2^-k (soft Dice + the boundaries' Dice), averaged over the images that have labels.
@@ -104,8 +107,9 @@ class Saliency:
         return float(np.mean((expected > 0) != (received > 0)))
 
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
-        """A map of logits, and what its two sides are called."""
-        return {"kind": self.kind, "output": self.output_names[0], "classes": list(classes)}
+        """A map of logits, what its two sides are called, and the windows that it is of, if it is."""
+        found: dict[str, Any] = {"kind": self.kind, "output": self.output_names[0], "classes": list(classes)}
+        return found if self.windows is None else {**found, "windows": self.windows.described()}
 
 
 def boundary_px(progress: float) -> int:

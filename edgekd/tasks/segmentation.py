@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from edgekd._config import Config
 from edgekd.data.base import IGNORE
-from edgekd.data.masks import STEP_PX
-from edgekd.data.windows import Windows
+from edgekd.data.windows import Windows, WindowsConfig
 from edgekd.tasks import boundaries
 from edgekd.tasks.base import checked_output
 
@@ -28,28 +27,6 @@ if TYPE_CHECKING:
 
 IMAGES = 16
 """Of an engine's outputs that are looked at together."""
-
-
-class WindowsConfig(Config):
-    """Evaluate and deploy on windows of the images, whose logits are averaged where they overlap."""
-
-    size_px: tuple[int, int]
-    """Height and width of a window, multiples of 16: what engines take."""
-    stride_px: tuple[int, int] | None = None
-    """From one window to the next, down and across; null: two thirds of the window."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> WindowsConfig:
-        if any(not STEP_PX <= side <= 2048 or side % STEP_PX for side in self.size_px):
-            raise ValueError(f"size_px must be multiples of {STEP_PX} within {STEP_PX} and 2048; received {list(self.size_px)}")
-        stride = self.stride_px or (1, 1)
-        if any(not 1 <= step <= side for step, side in zip(stride, self.size_px, strict=True)):
-            raise ValueError(f"stride_px must be within 1 and the window's {list(self.size_px)}; received {list(stride)}")
-        return self
-
-    def build(self) -> Windows:
-        """The windows."""
-        return Windows(self.size_px, self.stride_px or (self.size_px[0] * 2 // 3, self.size_px[1] * 2 // 3))
 
 
 class SegmentationConfig(Config):
@@ -143,9 +120,7 @@ class Segmentation:
     def postprocessing(self, classes: Sequence[str]) -> dict[str, Any]:
         """Logits, the classes' names in their order, and the windows that they are of, if they are."""
         found: dict[str, Any] = {"kind": self.kind, "output": self.output_names[0], "classes": list(classes)}
-        if self.windows is not None:
-            found["windows"] = {"size_px": list(self.windows.size_px), "stride_px": list(self.windows.stride_px)}
-        return found
+        return found if self.windows is None else {**found, "windows": self.windows.described()}
 
 
 def confusion(given: Tensor, labels: Tensor, classes: int) -> Tensor:

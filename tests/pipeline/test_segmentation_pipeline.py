@@ -63,6 +63,23 @@ def test_engines_of_windows_are_judged_on_whole_images(root, tmp_path):
     assert io["postprocessing"]["windows"] == {"size_px": [32, 48], "stride_px": [16, 16]}
 
 
+def test_maps_of_saliency_are_put_together_from_windows(root, tmp_path):
+    recipe = content(root, None)
+    recipe["task"] = {"kind": "saliency", "windows": {"size_px": [32, 48], "stride_px": [16, 16]}}
+    recipe["student"] = {"model": {"name": "scfnet"}}
+    outcome, folder = run_once(recipe, tmp_path)
+    (engine,) = outcome.report["engines"]
+    (model,) = (model for model in outcome.report["models"] if model["stage"] == "finetune")
+    assert engine["metric"]["value"] == pytest.approx(model["metric"]["value"], abs=0.01), (
+        "as the model, through the same windows"
+    )
+    assert engine["metric"]["images"] == 10
+    (path,) = folder.glob("*-export-*/io.json")
+    io = json.loads(path.read_text())
+    assert io["inputs"][0]["shape"][1:] == [3, 32, 48]
+    assert io["postprocessing"]["windows"] == {"size_px": [32, 48], "stride_px": [16, 16]}
+
+
 def test_windows_larger_than_the_images_are_refused(root, tmp_path):
     with pytest.raises(DataError, match=r"windows of \[64, 64\] pixels are larger than the images, \[48, 64\]"):
         run_once(content(root, {"size_px": [64, 64]}), tmp_path)
