@@ -167,10 +167,10 @@ def head_loss(edges_B1HW: Tensor, band_BHW: Tensor) -> Tensor:
         edges_B1HW: Logits of being a border, of any size: enlarged to the band's.
         band_BHW: bool, the borders.
     """
-    borders = band_BHW.float()
+    edges = at_labels(edges_B1HW, band_BHW)[:, 0]
+    borders = band_BHW.to(edges.dtype)
     share = borders.mean()
     weight = torch.where(band_BHW, 1 - share, share)
-    edges = at_labels(edges_B1HW, band_BHW)[:, 0]
     return HEAD_WEIGHT * F.binary_cross_entropy_with_logits(edges, borders, weight)
 
 

@@ -370,3 +370,13 @@ def test_behind_a_dropout_the_input_is_the_tap():
 def test_what_does_not_fit(student, message):
     with pytest.raises(RecipeError, match=message):
         FakdConfig(name="fakd").build(student, loaded(6))
+
+
+def test_gradients_of_channels_and_of_shifted_logits():
+    z, teacher, variances = drawn(2, 3, 2, 2).requires_grad_(), drawn(2, 3, 2, 2, seed=1), drawn(2, 3, 2, 2, seed=2).square()
+    assert torch.autograd.gradcheck(
+        lambda z, v: channel_bound(z, teacher, v, 2.0), (z, variances.requires_grad_()), check_undefined_grad=False
+    )
+    labels = torch.tensor([[[0, 1], [2, 255]], [[1, 1], [0, 2]]], dtype=torch.uint8)
+    pairs = drawn(3, 3, 3, seed=3).square().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, pairs: isda_logits(z, labels, pairs).square().mean(), (z, pairs))

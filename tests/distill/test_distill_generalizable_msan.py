@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,15 @@ import toy
 from edgekd import models
 from edgekd.data.augment_masks import MaskAugmentConfig
 from edgekd.data.base import IGNORE
-from edgekd.distill.generalizable_msan import GeneralizableMsanConfig, alignment, consistency, dcgd, dicd, graphs
+from edgekd.distill.generalizable_msan import (
+    GeneralizableMsanConfig,
+    GeneralizableMsanDistiller,
+    alignment,
+    consistency,
+    dcgd,
+    dicd,
+    graphs,
+)
 from edgekd.errors import RecipeError
 from edgekd.models import ModelConfig
 from edgekd.nn.taps import capture
@@ -280,3 +290,33 @@ def test_twins_whose_maps_come_back_teach_each_other_nothing(tmp_path):
         outputs = Outputs(net(images), taps)
     step = StepInputs(images, torch.from_numpy(data.labels[:4].copy()), outputs, outputs, 0, 0, 0.0, net, net)
     assert method.losses(step)["dicd"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_alignment_nets_are_trained_with_agrees_with_loops():
+    """Rec: how far the rebuilt map is from the network's own. Task: the network's loss when it goes on from the rebuilt one."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(OrderedDict(encode=torch.nn.Conv2d(1, 2, 1), decode=torch.nn.Conv2d(2, 2, 1))).double()
+    images, labels = drawn(2, 1, 2, 2), torch.tensor([[[0, 1], [1, 255]], [[1, 0], [255, 0]]], dtype=torch.uint8)
+    seen = {}
+
+    def aligner(maps):
+        seen["maps"], seen["back"] = maps.tolist(), drawn(2, 2, 2, 2, seed=1)
+        return drawn(2, 3, seed=2), seen["back"]
+
+    setting = SimpleNamespace(task=Segmentation(2))
+    terms = GeneralizableMsanDistiller._act(net, "encode", aligner, images, labels, setting)
+    weight, bias = (part.squeeze().tolist() for part in (net.encode.weight, net.encode.bias))
+    heads, offsets = net.decode.weight[:, :, 0, 0].tolist(), net.decode.bias.tolist()
+    apart, losses, back = [], [], seen["back"].tolist()
+    for b in range(2):
+        for y in range(2):
+            for x in range(2):
+                for c in range(2):
+                    own = weight[c] * images[b, 0, y, x].item() + bias[c]
+                    assert seen["maps"][b][c][y][x] == pytest.approx(own), "it sees the network's own map"
+                    apart.append((back[b][c][y][x] - own) ** 2)
+                if (label := int(labels[b, y, x])) != IGNORE:
+                    logits = [sum(heads[k][c] * back[b][c][y][x] for c in range(2)) + offsets[k] for k in range(2)]
+                    losses.append(math.log(sum(math.exp(value) for value in logits)) - logits[label])
+    assert terms["rec"].item() == pytest.approx(sum(apart) / len(apart))
+    assert terms["task"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)

@@ -368,3 +368,12 @@ def test_what_does_not_fit(student, options, message):
     teacher = loaded(6, side=student.architecture.height_px)
     with pytest.raises(RecipeError, match=message):
         IddConfig(name="idd", **options).build(student, teacher)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_gradients_of_positions(sigmoid):
+    """The reader's error at the ramps, with the reader fixed as it is while a student learns."""
+    reader = PositionReader(3, sigmoid=sigmoid).double().eval()
+    maps = drawn(2, 3, 5, 6).requires_grad_()
+    true = ramps(5, 6, like=maps)
+    assert torch.autograd.gradcheck(lambda maps: (reader(maps) - true).square().mean(), maps)

@@ -296,3 +296,9 @@ def test_what_it_refuses():
     flat.module = torch.nn.Sequential(flat.module, torch.nn.Flatten())
     with pytest.raises(RecipeError, match="needs score maps"):
         config.build(flat)
+
+
+def test_gradients_of_the_head():
+    edges = draw(2, 1, 3, 3).double().requires_grad_()
+    band = boundary_band(labels_of(2, 6, 6), 1)
+    assert torch.autograd.gradcheck(lambda edges: head_loss(edges, band), edges)

@@ -296,6 +296,10 @@ def test_gradients_are_right():
     assert torch.autograd.gradcheck(lambda *maps_: part(maps_)[1].square().mean(), tuple(given))
     mixer = GlobalLocalMixer(8, 1.0, residual=True).double()
     assert torch.autograd.gradcheck(mixer, drawn(1, 3, 8).requires_grad_())
+    assistant = EmbeddingAssistant(2, 4, 1).double()
+    aligned, maps = drawn(1, 4, 4).requires_grad_(), drawn(1, 2, 4, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(assistant, (aligned, maps))
+    assert torch.autograd.gradcheck(lambda one: embedding_alignment(one, drawn(1, 4, 4, seed=2)), aligned)
 
 
 # -- refusals

@@ -198,3 +198,26 @@ def test_score_maps(shape, side, expected):
     found = score_map(logits, side)
     assert found.shape[2:] == expected
     torch.testing.assert_close(found.mean((2, 3)), logits.mean((2, 3)), rtol=0.1, atol=0.02)
+
+
+def test_gradients_of_critics_are_right():
+    """Once and twice, as the penalty needs them; singular vectors have settled, or the estimate would move between two calls."""
+    torch.manual_seed(0)
+    conv, attention = SpectralConv2d(2, 8, 3, padding=1).double(), SelfAttention(8).double()
+    conv.u, conv.v = conv.u.double(), conv.v.double()
+    nn.init.constant_(attention.gamma, 0.5)
+    critic = nn.Sequential(conv, nn.Tanh(), attention, nn.Conv2d(8, 1, 3).double())
+    maps = drawn(2, 2, 3, 3, dtype=torch.float64)
+    for _ in range(2000):
+        critic(maps)
+    assert torch.autograd.gradcheck(critic, maps.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(critic, maps.clone().requires_grad_())
+    fake, shares = drawn(2, 2, 3, 3, seed=1, dtype=torch.float64), torch.tensor([0.25, 0.75], dtype=torch.float64)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in critic.named_parameters() if value.dim() == 4}
+
+    def penalty(*values):
+        own = dict(zip(weights, values, strict=True))
+        return gradient_penalty(lambda given: torch.func.functional_call(critic, own, (given,)), maps, fake, shares)
+
+    del weights["0.weight"]  # the estimate of its norm moves with it, and every call anew
+    assert torch.autograd.gradcheck(penalty, tuple(weights.values()))
