@@ -9,7 +9,9 @@ student and budget share the students alone. A student with several widths is he
 each narrower width against one of that width, trained alone for as long.
 
     EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
-                                                 [--precision bf16-mixed]
+                                                 [--precision bf16-mixed] [--option holistic_weight=0 ...]
+
+``--option`` gives the method another value than the recipe does; its result has a file and a row of its own.
 
 Each training is an ordinary ``edgekd compress`` in runs/methods, so what is finished is reused. After every seed it writes
 results/methods/METHOD.json: the stage; the teacher's value; for each seed both students' values and seconds per epoch; the mean
@@ -47,11 +49,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the trainings")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of all trainings")
+    parser.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="of the method, in place of the recipe's")
     given = parser.parse_args()
-    for name in given.method:
-        path = found[name]
+    options = {key: YAML(typ="safe").load(value) for key, _, value in (option.partition("=") for option in given.option)}
+    for method in given.method:
+        path = found[method]
         recipe = YAML(typ="safe").load(path)
         recipe["compute"] = {"precision": given.precision}
+        distilling(recipe)[-1]["method"] |= options
+        name = ", ".join([method, *given.option])
         known = restore(name, recipe)
         for seed in range(given.seeds):
             if seed not in known:
@@ -208,7 +214,7 @@ def known_alone(recipe: dict[str, Any], seed: int) -> dict[str, Any] | None:
 
 def restore(name: str, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Seed -> what the result file already has for this very recipe."""
-    path = RESULTS / "methods" / f"{name}.json"
+    path = RESULTS / "methods" / f"{name.replace(', ', '-')}.json"
     result = json.loads(path.read_text()) if path.is_file() else None
     if result is None or result["recipe"]["id"] != identity(recipe):
         return {}
@@ -248,7 +254,7 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
         / longer(recipe),
         "values": rows,
     }
-    file = RESULTS / "methods" / f"{name}.json"
+    file = RESULTS / "methods" / f"{name.replace(', ', '-')}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1).replace(f"{ROOT}/", ""))
     gain = result["gain"]

@@ -146,6 +146,43 @@ def methods() -> str:
     return table(("method", "data", "seeds", "teacher", "student alone", "with the method", "gain, points", "step"), rows)
 
 
+def semantic() -> str:
+    """The Frechet semantic distances of benchmarks/results/methods/generalizable_msan.json as a table."""
+    values = json.loads((RESULTS / "methods" / "generalizable_msan.json").read_text())["values"]
+    start = "FSD val to test, "
+    names = [name for name in values[0]["with the method"]["statistics"] if name.startswith(start)]
+    rows = [
+        (str(value["seed"]), *(f"{value['with the method']['statistics'][name]:.1f}" for name in names), f"{gain:+.2f}")
+        for value in values
+        for gain in [100 * (value["with the method"]["value"] - value["alone"]["value"])]
+    ]
+    return table(("seed", *(name.removeprefix(start) for name in names), "gain, points"), rows)
+
+
+def segmenters() -> str:
+    """benchmarks/results/segmenter_engines.json as a table: what each engine runs, or why there is none."""
+    found = json.loads((RESULTS / "segmenter_engines.json").read_text())["rows"]
+    columns = [
+        (backend, precision) for backend in ("onnxruntime", "openvino", "tensorrt_rtx") for precision in ("float32", "int8")
+    ]
+    rows = []
+    for row in found:
+        by_engine: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for engine in row["engines"]:
+            by_engine.setdefault((engine["backend"], engine["precision"]), []).append(engine)
+        rows.append((row["model"], f"{row['params'] / 1e6:.1f} M", *(_outcome(by_engine.get(column, [])) for column in columns)))
+    return table(("model", "parameters", *(f"{backend}, {precision}" for backend, precision in columns)), rows)
+
+
+def _outcome(engines: list[dict[str, Any]]) -> str:
+    """One word, and for what was run the least share of the MACs in the precision that was asked."""
+    if not engines:
+        return "–"
+    states = sorted({"runs" if engine["status"] == "measured" else engine["status"] for engine in engines})
+    shares = [engine["share"] for engine in engines if engine["share"] is not None]
+    return " / ".join(states) + (f", {100 * min(shares):.0f} %" if shares and states == ["runs"] else "")
+
+
 def width() -> str:
     """benchmarks/results/int8_width.json as a table."""
     rows = json.loads((RESULTS / "int8_width.json").read_text())["rows"]
@@ -496,7 +533,7 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "distilled best": distilled_best},
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
-    "docs/methods.md": {"methods": methods},
+    "docs/methods.md": {"methods": methods, "semantic": semantic},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {
         "cifar10": cifar10,
