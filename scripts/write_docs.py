@@ -532,7 +532,7 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"quickstart": quickstart, "distilled best": distilled_best},
-    "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "peers": peers},
+    "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "segmenters": segmenters, "peers": peers},
     "docs/methods.md": {"methods": methods, "semantic": semantic},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {
