@@ -69,8 +69,11 @@ LABELS_OF = {
 SEGMENTERS = (
     "unet",
     "slim_unet",
+    "slim_pspnet",
+    "slim_deeplabv3plus",
     "mobile_unet",
     "fanet",
+    "sk_unet",
     "segformer_b0",
     "segformer_b1",
     "segformer_b2",

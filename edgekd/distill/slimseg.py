@@ -74,7 +74,7 @@ class SlimsegConfig(Config):
         if len(widths) < 2:
             raise RecipeError(
                 "slimseg trains a network at several widths, and the student has one",
-                hint="use the model slim_unet with two widths at least, or one made of the layers in edgekd.nn.slimmable",
+                hint="use a model like slim_unet with two widths at least, or one made of the layers in edgekd.nn.slimmable",
             )
         example = student.architecture.example()
         if len(shape := tap_shapes(student.module, {"output": ""}, example)["output"]) != 4:

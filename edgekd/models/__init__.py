@@ -23,7 +23,8 @@ from edgekd.models import (
     scfnet,
     segformer,
     shufflenet_v2,
-    slim_unet,
+    sk_unet,
+    slim,
     superyolo,
     unet,
     user,
@@ -79,16 +80,17 @@ MODELS: dict[str, Entry] = {
     "superyolo": Entry(superyolo.superyolo, superyolo.TAPS),
     "superyolo_small": Entry(superyolo.superyolo_small, superyolo.SMALL_TAPS),
     "unet": Entry(unet.unet, unet.TAPS),
-    "slim_unet": Entry(slim_unet.slim_unet, unet.TAPS),
     "segformer_b0": Entry(segformer.segformer_b0, segformer.TAPS),
     "segformer_b1": Entry(segformer.segformer_b1, segformer.TAPS),
     "segformer_b2": Entry(segformer.segformer_b2, segformer.TAPS),
     "mobile_unet": Entry(mobile_unet.mobile_unet, mobile_unet.TAPS),
     "fanet": Entry(fanet.fanet, fanet.TAPS),
+    "sk_unet": Entry(sk_unet.sk_unet, sk_unet.TAPS),
     "pspnet": Entry(pspnet.pspnet, pspnet.TAPS),
     "deeplabv3plus": Entry(deeplab.deeplabv3plus, deeplab.TAPS),
     "scfnet": Entry(scfnet.scfnet, scfnet.TAPS),
 }
+MODELS |= {name: Entry(one.build, MODELS[one.plain].taps) for name, one in slim.SLIM.items()}
 
 
 def names() -> list[str]:
@@ -168,17 +170,16 @@ def widths(config: ModelConfig) -> tuple[float, ...]:
     Raises:
         RecipeError: The widths that its arguments give cannot be.
     """
-    if config.name != "slim_unet":
-        return ()
     try:
-        return slim_unet.widths(config.arguments)
+        return slim.widths(config.name, config.arguments)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model {config.name!r} cannot be built with arguments {config.arguments}: {error}") from error
 
 
 def at_width(config: ModelConfig, width: float) -> ModelConfig:
     """The ordinary model that a slimmable one is at a width; its weights are edgekd.nn.slimmable.plain_state."""
-    return ModelConfig(name="unet", arguments=slim_unet.at_width(config.arguments, width), taps=config.taps)
+    one = slim.SLIM[config.name]
+    return ModelConfig(name=one.plain, arguments=one.at_width(config.arguments, width), taps=config.taps)
 
 
 UNPRUNABLE = ("fanet",)

@@ -89,7 +89,7 @@ class DeepLabV3Plus(nn.Module):
         self.finest = 1 if backbone == MOBILE else 0
         """Which of the backbone's maps has stride 4."""
         rates = [rate * 16 // output_stride for rate in (6, 12, 18)]
-        fine = max(1, FINE * decoder // PUBLISHED)
+        fine = fine_channels(decoder)
         self.pyramid = AtrousPyramid(self.backbone.channels[-1], decoder, rates, separable)
         self.fine = conv_norm_act(self.backbone.channels[self.finest], fine)
         self.decoder = nn.Sequential(
@@ -106,6 +106,11 @@ class DeepLabV3Plus(nn.Module):
         coarse = enlarged(self.pyramid(maps[-1]), fine)
         logits = self.head(self.dropout(self.decoder(torch.cat([coarse, fine], 1))))
         return enlarged(logits, images)
+
+
+def fine_channels(decoder: int) -> int:
+    """Channels of the fine map that the decoder adds."""
+    return max(1, FINE * decoder // PUBLISHED)
 
 
 def deeplabv3plus(

@@ -15,7 +15,7 @@ Shape letters: B images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,12 +53,14 @@ class SlimConv2d(nn.Conv2d):
     Args:
         inputs: Channels of each joined map at the full width.
         out_channels: At the full width.
-        kernel_size: Sides of the kernel, odd; the output has the input's sides.
+        kernel_size: Sides of the kernel, odd; the output has the input's sides, divided by the stride.
         widths: The widest first.
+        stride: Of the kernel.
+        dilation: Of the kernel.
         bias: Whether outputs have one.
         fixed_inputs: The input has all its channels at every width: images.
         fixed_outputs: So has the output: classes.
-        depthwise: Every channel is convolved alone; takes one map, of as many channels as the output.
+        depthwise: Every channel is convolved alone: as many outputs as inputs.
     """
 
     def __init__(
@@ -68,15 +70,18 @@ class SlimConv2d(nn.Conv2d):
         kernel_size: int,
         widths: Sequence[float],
         *,
+        stride: int = 1,
+        dilation: int = 1,
         bias: bool = False,
         fixed_inputs: bool = False,
         fixed_outputs: bool = False,
         depthwise: bool = False,
     ) -> None:
-        if depthwise and (list(inputs) != [out_channels] or fixed_inputs or fixed_outputs):
+        if depthwise and (sum(inputs) != out_channels or fixed_inputs or fixed_outputs):
             raise ValueError(f"a depthwise convolution has as many outputs as inputs; received {list(inputs)}, {out_channels}")
         groups = out_channels if depthwise else 1
-        super().__init__(sum(inputs), out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias)
+        padding = kernel_size // 2 * dilation
+        super().__init__(sum(inputs), out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.widths = checked_widths(widths)
         self.width = self.widths[0]
         self.inputs = tuple(inputs)
@@ -87,18 +92,25 @@ class SlimConv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias
         if width == 1:
             return weight, bias
+        if self.depthwise:  # outputs are joined as inputs are
+            return self._cut(weight, 0, width), None if bias is None else self._cut(bias, 0, width)
         if not self.fixed_outputs:
             count = channels_at(width, self.out_channels)
             weight, bias = weight[:count], None if bias is None else bias[:count]
-        if not self.fixed_inputs and not self.depthwise:
-            parts = [part[:, : channels_at(width, part.shape[1])] for part in weight.split(self.inputs, 1)]
-            weight = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if not self.fixed_inputs:
+            weight = self._cut(weight, 1, width)
         return weight, bias
+
+    def _cut(self, values: Tensor, axis: int, width: float) -> Tensor:
+        """The leading channels of each joined map."""
+        parts = [part.narrow(axis, 0, channels_at(width, part.shape[axis])) for part in values.split(self.inputs, axis)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, Cin(w), H, W] to [B, Cout(w), H, W] at the present width w."""
         weight, bias = self.block(self.width)
-        return F.conv2d(input, weight, bias, self.stride, self.padding, groups=len(weight) if self.depthwise else 1)
+        groups = len(weight) if self.depthwise else 1
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, groups)
 
 
 class SwitchableBatchNorm2d(nn.Module):
@@ -123,6 +135,52 @@ class SwitchableBatchNorm2d(nn.Module):
         """[B, C(w), H, W] to the same shape at the present width w."""
         out: Tensor = self.at(self.width)(input)
         return out
+
+
+def make_slimmable(
+    module: nn.Module, widths: Sequence[float], *, first: str, last: str, joined: Mapping[str, Sequence[int]]
+) -> None:
+    """Replace all convolutions and batch norms of a network, whose weights stay, by slimmable ones.
+
+    Args:
+        module: Its convolutions are padded to keep the sides, with square kernels, dense or depthwise.
+        widths: The widest first.
+        first: Path of the convolution that reads images.
+        last: Of the one that gives classes.
+        joined: Path of a convolution behind a concatenation -> channels of each joined map.
+
+    Raises:
+        ValueError: A convolution is of another kind.
+    """
+    for path, part in list(module.named_modules()):
+        if isinstance(part, nn.Conv2d):
+            module.set_submodule(path, _slim_conv(part, path, widths, path == first, path == last, joined.get(path)))
+        elif isinstance(part, nn.BatchNorm2d):
+            module.set_submodule(path, SwitchableBatchNorm2d(part.num_features, widths))
+
+
+def _slim_conv(
+    conv: nn.Conv2d, path: str, widths: Sequence[float], first: bool, last: bool, joined: Sequence[int] | None
+) -> SlimConv2d:
+    depthwise = conv.groups > 1
+    with torch.device("meta"):  # its first values would be drawn in vain
+        slim = SlimConv2d(
+            joined or [conv.in_channels],
+            conv.out_channels,
+            conv.kernel_size[0],
+            widths,
+            stride=conv.stride[0],
+            dilation=conv.dilation[0],
+            bias=conv.bias is not None,
+            fixed_inputs=first,
+            fixed_outputs=last,
+            depthwise=depthwise,
+        )
+    same = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    if different := [name for name in same if getattr(slim, name) != getattr(conv, name)]:
+        raise ValueError(f"{path}: {different[0]} {getattr(conv, different[0])} is not that of a convolution that can be slimmed")
+    slim.weight, slim.bias = conv.weight, conv.bias
+    return slim
 
 
 def _slimmable(module: nn.Module) -> list[SlimConv2d | SwitchableBatchNorm2d]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import warnings
 from typing import Any
 
@@ -41,14 +40,16 @@ def prune(module: nn.Module, example: Tensor, *, ratio: float, round_to: int, sc
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library warns about every parameter that belongs to no layer
-            _pruner(pruned, example, ratio, round_to, scope, [*fixed, *fixed_channels(pruned)]).step()
+            pruner = _pruner(pruned, example, ratio, round_to, scope, [*fixed, *fixed_channels(pruned)])
+            pruner.step()
+        for node in pruner.DG.module2node.values():  # the graph refers to itself: a copy per try would wait for the collector
+            vars(node).clear()
         same = pruned(example).shape == size
     except Exception as error:  # the library and the model's own code may raise anything; the cause stays attached
         raise TrainingError(
             f"{type(module).__name__} cannot be pruned: {type(error).__name__}: {error}",
             hint="remove the prune stage, or use a model whose channels torch-pruning can follow",
         ) from error
-    gc.collect()  # the library's graph refers to itself: copies of a large model, one per try, would fill the memory
     if not same:
         raise TrainingError(
             f"{type(module).__name__} cannot be pruned: its outputs would no longer be {list(size)}",

@@ -39,7 +39,20 @@ FAMILIES = {"resnet8": {}, "wrn_16_1": {}, "vgg8": {}, "mobilenetv2": {"width": 
 
 def test_every_model_is_tested():
     others = {
-        *("superyolo", "superyolo_small", "unet", "slim_unet", "mobile_unet", "fanet", "scfnet", "pspnet", "deeplabv3plus"),
+        *(
+            "superyolo",
+            "superyolo_small",
+            "unet",
+            "slim_unet",
+            "slim_pspnet",
+            "slim_deeplabv3plus",
+            "sk_unet",
+            "mobile_unet",
+            "fanet",
+            "scfnet",
+            "pspnet",
+            "deeplabv3plus",
+        ),
         *(f"segformer_b{size}" for size in range(3)),
     }
     assert set(models.names()) - set(EXPECTED) == others, "these have tests of their own"

@@ -1,4 +1,4 @@
-"""Mobile U-Net and FANet become engines on integers that say what the trained model says."""
+"""Mobile U-Net, FANet and the parts of sk_unet become engines on integers that say what the trained model says."""
 
 import json
 
@@ -6,18 +6,26 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from edgekd.engines import BACKENDS, OPTIONS, audit, build_engine, encoding_for, hardware, onnx_layers, open_engine
 from edgekd.export import onnx as exporting
 from edgekd.export.qdq import encode
 from edgekd.models.fanet import fanet
 from edgekd.models.mobile_unet import mobile_unet
+from edgekd.models.sk_unet import Block, StripAttention
 from edgekd.quantize import qat
 
 MODELS = {
     "mobile_unet": lambda: mobile_unet(num_classes=3, in_channels=3, width=0.25),
     "fanet": lambda: fanet(num_classes=3, in_channels=3, width=4, keys=4),
+    "sk_unet": lambda: nn.Sequential(
+        *(Block(3, 4), StripAttention(4, (2, 4), gated=True)),
+        *(nn.MaxPool2d(2), Block(4, 8), StripAttention(8, (3, 6), gated=False)),
+        *(nn.Conv2d(8, 3, 1), nn.Upsample(scale_factor=2, mode="bilinear")),
+    ),
 }
+"""Small; of sk_unet the parts, which it repeats."""
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from edgekd.nn.slimmable import (
     at_width,
     channels_at,
     checked_widths,
+    make_slimmable,
     plain_state,
     widths_of,
 )
@@ -197,3 +198,43 @@ def test_what_a_net_has_and_has_not(net):
         widths_of(net)
     with pytest.raises(ValueError, match="as many outputs as inputs"):
         SlimConv2d([4], 8, 3, WIDTHS, depthwise=True)
+
+
+def test_a_depthwise_convolution_of_joined_maps_with_stride_and_dilation():
+    """Its outputs are joined as its inputs are; an independent reference picks the rows by hand."""
+    torch.manual_seed(0)
+    conv = SlimConv2d([8, 4], 12, 3, WIDTHS, stride=2, dilation=2, bias=True, depthwise=True)
+    x, rows = torch.randn(2, 6, 9, 9), [0, 1, 2, 3, 8, 9]
+    with at_width(conv, 0.5):
+        expected = F.conv2d(x, conv.weight[rows], conv.bias[rows], stride=2, padding=2, dilation=2, groups=6)
+        assert torch.equal(conv(x), expected)
+
+
+def test_an_ordinary_net_becomes_slimmable_and_keeps_its_weights():
+    torch.manual_seed(0)
+    plain = Plain(8, 4).eval()
+    expected = plain(images())
+    before = {name: value.data_ptr() for name, value in plain.named_parameters()}
+    make_slimmable(plain, WIDTHS, first="a", last="head", joined={"join": [8, 4]})
+    assert isinstance(plain.b, SlimConv2d)
+    assert not plain.b.fixed_inputs, "one convolution reads images; Plain has a second one that does"
+    plain.b.fixed_inputs = True
+    assert torch.equal(plain(images()), expected)
+    assert all(value.data_ptr() == before[name] for name, value in plain.named_parameters() if "norm" not in name)
+    narrow = Plain(4, 2).eval()
+    narrow.load_state_dict(plain_state(plain, 0.5))
+    assert torch.equal(narrow(images()), run(plain, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("conv", "message"),
+    [
+        (nn.Conv2d(4, 4, 3), r"0: padding \(0, 0\) is not that"),
+        (nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), "0: kernel_size"),
+        (nn.Conv2d(4, 8, 3, padding=1, groups=2), "as many outputs as inputs"),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=2), "0: groups 2 is not that"),
+    ],
+)
+def test_convolutions_that_cannot_be_slimmed(conv, message):
+    with pytest.raises(ValueError, match=message):
+        make_slimmable(nn.Sequential(conv), WIDTHS, first="", last="", joined={})
