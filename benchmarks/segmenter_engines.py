@@ -22,9 +22,12 @@ from run_recipe import RESULTS, ROOT, compress
 RESULT = RESULTS / "segmenter_engines.json"
 SEGMENTERS: dict[str, dict[str, Any]] = {
     "unet": {},
-    "slim_unet": {},
+    "slim_unet": {"widths": [1, 0.5]},
+    "slim_pspnet": {"widths": [1, 0.5]},
+    "slim_deeplabv3plus": {"backbone": "mobilenet_v2", "widths": [1, 0.5]},
     "mobile_unet": {},
     "fanet": {},
+    "sk_unet": {},
     "segformer_b0": {},
     "segformer_b1": {},
     "segformer_b2": {},
@@ -35,7 +38,7 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
     "deeplabv3plus, mobilenet_v2": {"backbone": "mobilenet_v2"},
     "scfnet": {},
 }
-"""Name, with the trunk where it is not the model's usual one, -> arguments."""
+"""Name, with the trunk where it is not the model's usual one, -> arguments. Slimmable ones have an engine for each width."""
 SIZE_PX = [128, 160]
 TRAIN = {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "lr": 0.001}
 
@@ -61,7 +64,7 @@ def recipe(name: str) -> dict[str, Any]:
     """The run's recipe as data."""
     saliency = name == "scfnet"
     stages: list[dict[str, Any]] = [{"kind": "finetune", "train": TRAIN}, {"kind": "ptq"}]
-    if name == "slim_unet":  # its widths are trained together
+    if name.startswith("slim_"):  # its widths are trained together
         stages[0] = {"kind": "distill", "method": {"name": "slimseg"}, "train": TRAIN}
     return {
         "name": name.replace(", ", "-"),

@@ -1,15 +1,21 @@
 """The U-Net of selective kernels is what the specification counts, and its parts are what their papers say."""
 
+import typing
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from edgekd import models
+from edgekd.distill.base import map_pairs
+from edgekd.distill.coco_distillnet import CocoDistillnetConfig
+from edgekd.distill.graph_flow import GraphFlowConfig
 from edgekd.errors import RecipeError
 from edgekd.models import ModelConfig
 from edgekd.models.sk_unet import SelectiveKernels, StripAttention
 from edgekd.nn.flops import parameters
 from edgekd.nn.taps import capture
+from edgekd.train.checkpoint import Architecture, Loaded
 
 
 def build(**arguments):
@@ -79,6 +85,22 @@ def test_strips_are_the_published_ones(gated):
         b = module.mix_far(torch.relu(h + v))
         b = b * x if gated else b
         torch.testing.assert_close(module(x), torch.relu(x + module.mix(torch.cat([a, b], 1))))
+
+
+@pytest.mark.parametrize("method", [GraphFlowConfig, CocoDistillnetConfig])
+def test_it_teaches_the_published_student(method):
+    """By the maps that the methods' specifications name: of 256 and of 24 channels, at a quarter of the sides."""
+    loaded = []
+    for name, taps in (("mobile_unet", {}), ("sk_unet", {"stage2": "encoder.2", "up3": "decoder.0.enlarge"})):
+        config = ModelConfig(name=name, taps=taps)
+        module = models.build(config, num_classes=2, in_channels=1)
+        architecture = Architecture(config.model_dump(mode="json"), 2, 1, 64, 64)
+        loaded.append(Loaded(module, models.taps(config, module), architecture))
+    (name,) = typing.get_args(method.model_fields["name"].annotation)
+    built = method(name=name, layers=[("stage2", "up3")]).build(*loaded)
+    assert {"stage2", "up3"} <= set(built.student_taps)
+    _, channels = map_pairs(*loaded, [("stage2", "up3")], method=name)
+    assert channels == {"stage2": (24, 256), "up3": (24, 256)}
 
 
 @pytest.mark.parametrize("arguments", [{"width": 0}, {"up": "bilinear"}])
