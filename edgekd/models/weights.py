@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import DataError, RecipeError
+from edgekd.nn.slimmable import slim_state
 
 SHOWN = 3
 """Names of each kind of disagreement that a message lists."""
@@ -37,6 +38,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
 def load_backbone(model: nn.Module, path: Path | str) -> None:
     """Fill the model's ``backbone`` alone, from a file of a classifier: torchvision's ResNets, edgekd's ``mobilenetv2``.
 
+    A slimmable backbone is filled at its full width, and its narrow widths' batch norms with the leading channels' values.
+
     Args:
         model: Changed in place; unchanged where an error is raised.
         path: As for :func:`load_weights`.
@@ -47,7 +50,8 @@ def load_backbone(model: nn.Module, path: Path | str) -> None:
     """
     check_backbone(model)
     path, backbone = Path(path), model.backbone
-    _fill(backbone, backbone.from_classifier(_read(path)), path)  # type: ignore[arg-type,operator,union-attr]
+    state = backbone.from_classifier(_read(path))  # type: ignore[operator,union-attr]
+    _fill(backbone, slim_state(backbone, state), path)  # type: ignore[arg-type]
 
 
 def check_backbone(model: nn.Module) -> None:

@@ -246,3 +246,25 @@ def plain_state(module: nn.Module, width: float) -> dict[str, Tensor]:
             state |= {prefix + name: value for name, value in part.named_parameters(recurse=False)}
             state |= {prefix + name: value for name, value in part.named_buffers(recurse=False)}
     return {name: value.detach().clone() for name, value in state.items()}
+
+
+def slim_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: a state dict for ``module`` from the one of the ordinary network that it is at the full width.
+
+    Batch norms of narrow widths get the values of the leading channels, from which they are trained on.
+
+    Args:
+        module: With slimmable layers; what has none is taken as it is.
+        state: Of the ordinary network, or of a part of it.
+    """
+    found = dict(state)
+    for path, part in module.named_modules():
+        if isinstance(part, SwitchableBatchNorm2d):
+            prefix = f"{path}." if path else ""
+            for name in part.norms[0].state_dict():
+                if (value := found.pop(prefix + name, None)) is None:
+                    continue
+                for index, norm in enumerate(part.norms):
+                    own = norm.state_dict()[name]
+                    found[f"{prefix}norms.{index}.{name}"] = value[: len(own)].clone() if own.dim() else value
+    return found

@@ -152,6 +152,24 @@ def test_torchvisions_weights_fill_the_backbone(layers, tmp_path):
     assert torch.equal(module.head.weight, head), "the decoder keeps its own"
 
 
+def test_they_fill_a_slimmable_backbone_at_every_width(tmp_path):
+    torch.manual_seed(0)
+    theirs = TheirResNet(deep=False).train()
+    images = torch.randn(2, 3, 64, 96)
+    theirs(images)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    arguments = {"backbone": "resnet18", "width": 0.125, "output_stride": 32, "decoder": 8, "widths": [1, 0.5]}
+    module = models.build(ModelConfig(name="slim_pspnet", arguments=arguments), num_classes=5, in_channels=3).eval()
+    models.load_backbone(module, tmp_path / "w.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(module.backbone(images)[3], theirs.eval()(images))
+    full, narrow = module.backbone.stage2[0].body.norm1.norms
+    assert torch.equal(full.running_var, theirs.layer2[0].bn1.running_var)
+    assert torch.equal(narrow.running_var, theirs.layer2[0].bn1.running_var[:8])
+    narrow.running_var.fill_(1)
+    assert not torch.equal(full.running_var[:8], narrow.running_var), "no memory in common"
+
+
 def test_a_classifier_of_the_table_fills_the_mobile_backbone(tmp_path):
     classifier = mobilenetv2(num_classes=10, width=0.25).eval()
     torch.save(classifier.state_dict(), tmp_path / "w.pth")
