@@ -88,8 +88,8 @@ def collect(run: Path) -> dict[str, Any]:
     """report.json, and per comparison what was measured in turns: samples in nanoseconds, round by round."""
     report = json.loads((run / "report" / "report.json").read_text())
     comparisons = []
-    for path in sorted(run.glob("*-compare-*/record.json")):
-        record = json.loads(path.read_text())
+    for comparison in json.loads((run / "run.json").read_text())["comparisons"]:  # the folder may have those of earlier recipes
+        record = json.loads((run / comparison["folder"] / "record.json").read_text())
         comparisons.append(
             {
                 "engines": [

@@ -27,7 +27,7 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
     "slim_deeplabv3plus": {"backbone": "mobilenet_v2", "widths": [1, 0.5]},
     "mobile_unet": {},
     "fanet": {},
-    "sk_unet": {},
+    "sk_unet, width 16": {"width": 16},
     "segformer_b0": {},
     "segformer_b1": {},
     "segformer_b2": {},
@@ -38,7 +38,7 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
     "deeplabv3plus, mobilenet_v2": {"backbone": "mobilenet_v2"},
     "scfnet": {},
 }
-"""Name, with the trunk where it is not the model's usual one, -> arguments. Slimmable ones have an engine for each width."""
+"""Name, with the trunk or width where it is not the usual one, -> arguments. Slimmable models have an engine for each width."""
 SIZE_PX = [128, 160]
 TRAIN = {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "lr": 0.001}
 
@@ -67,7 +67,7 @@ def recipe(name: str) -> dict[str, Any]:
     if name.startswith("slim_"):  # its widths are trained together
         stages[0] = {"kind": "distill", "method": {"name": "slimseg"}, "train": TRAIN}
     return {
-        "name": name.replace(", ", "-"),
+        "name": name.replace(", ", "-").replace(" ", "_"),
         "task": {"kind": "saliency" if saliency else "segmentation"},
         "data": {"kind": "masks", "root": "sod_ecssd" if saliency else "seg_camvid", "size_px": SIZE_PX, "labelled": 0.1},
         "student": {"model": {"name": name.partition(",")[0], "arguments": SEGMENTERS[name]}},
