@@ -42,7 +42,7 @@ def main() -> None:
     quantizer = {"kind": "int8", "keep_float": ["outputs"]}
     quantized: list[dict[str, Any]] = [
         {"kind": "ptq", "quantizer": quantizer},
-        {"kind": "quantize", "quantizer": quantizer, "train": {**TRAIN, "epochs": 2, "lr": 1e-4, "weight_decay": 0}},
+        {"kind": "quantize", "quantizer": quantizer, "train": {**TRAIN, "epochs": 4, "lr": 3e-4, "weight_decay": 0}},
     ]
     deploy = [
         {"backend": {"name": backend, "threads": 1}, "precision": ["float32", "int8"]} for backend in ("onnxruntime", "openvino")

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,67 @@ def ghost() -> str:
     return "\n".join(parts)
 
 
+def ghost_engines() -> str:
+    """Engines of what benchmarks/ghost.py trained, where it built them: times and metric, int8 against float32 in turns."""
+    parts = []
+    for path in sorted(RESULTS.glob("ghost_*.json")):
+        found = json.loads(path.read_text())
+        rows = []
+        for value in sorted(found["values"], key=lambda value: (list(found["summary"]).index(value["variant"]), value["seed"])):
+            compared = {comparison["engines"][0]["backend"]: comparison for comparison in value["comparisons"]}
+            for backend in dict.fromkeys(engine["backend"] for engine in value["engines"]):
+                engines = {engine["precision"]: engine for engine in value["engines"] if engine["backend"] == backend}
+                cells = [
+                    f"{engines[precision]['latency_ms']['p50']:.2f}" if engines[precision]["status"] == "measured" else "refused"
+                    for precision in ("float32", "int8")
+                ]
+                if "refused" in cells:
+                    cells += ["–", f"{100 * value['value']:.1f} %", "–"]
+                else:
+                    comparison = compared[backend]
+                    names = [engine["precision"] for engine in comparison["engines"]]
+                    (ratio,) = (one for one in comparison["ratios"] if names[one["engine"]] == "int8")
+                    metrics = (value["value"], engines["int8"]["metric"]["value"])
+                    cells += [times(ratio, comparison), *(f"{100 * metric:.1f} %" for metric in metrics)]
+                rows.append((value["variant"], str(value["seed"]), backend, *cells))
+        if rows:
+            metric = found["values"][0]["metric"]
+            head = ("seed", "engine", "float32 ms", "int8 ms", "faster", f"{metric}, trained", f"{metric}, int8 engine")
+            parts.append(table((found["data"], *head), rows))
+    return "\n".join(parts) or "None yet."
+
+
+def detector() -> str:
+    """benchmarks/results/detector_512.json as a table: int8 against float32 in turns, and both engines' metric."""
+    path = RESULTS / "detector_512.json"
+    rows = []
+    for seed, kinds in json.loads(path.read_text())["seeds"].items() if path.is_file() else ():
+        for kind, found in kinds.items():
+            for comparison in found["comparisons"]:
+                names = [one["precision"] for one in comparison["engines"]]
+                backend = comparison["engines"][0]["backend"]
+                engines = {one["precision"]: one for one in found["report"]["engines"] if one["backend"] == backend}
+                (ratio,) = (one for one in comparison["ratios"] if names[one["engine"]] == "int8")
+                whole, small = (engines[precision]["metric"]["value"] for precision in ("float32", "int8"))
+                rows.append(
+                    (
+                        *(seed, kind, backend),
+                        *(f"{engines[precision]['latency_ms']['p50']:.1f}" for precision in ("float32", "int8")),
+                        times(ratio, comparison),
+                        *(f"{100 * whole:.1f} %", f"{100 * small:.1f} %", f"{100 * (small - whole):+.1f}"),
+                    )
+                )
+    return table(
+        ("seed", "quantized by", "engine", "float32 ms", "int8 ms", "faster", "float32 mAP50", "int8 mAP50", "points"), rows
+    )
+
+
+def times(ratio: dict[str, Any], comparison: dict[str, Any]) -> str:
+    """A ratio measured in turns, with its interval."""
+    low, high = ratio["interval"]
+    return f"{ratio['speedup']:.2f}× [{low:.2f}, {high:.2f}]" + ("" if comparison["valid"] else ", disturbed")
+
+
 def points(found: dict[str, float | None]) -> str:
     """A mean difference with its interval, in points."""
     if found["mean"] is None:
@@ -397,11 +459,11 @@ def h200() -> str:
     )
 
 
-def quickstart() -> str:
-    """What benchmarks/results/quickstart.json's run printed at its end."""
+def printed(name: str) -> str:
+    """What the run of a recipe printed at its end, from benchmarks/results/NAME.json."""
     from edgekd.report import lines
 
-    report = json.loads((RESULTS / "quickstart.json").read_text())["report"]
+    report = json.loads((RESULTS / f"{name}.json").read_text())["report"]
     return (
         "```text\n"
         + "\n".join(line.rstrip() for line in lines({"ladders": [], "bits": None, "widths": [], **report}))
@@ -531,14 +593,17 @@ def pair(run: dict[str, Any], backend: str, threads: int) -> dict[str, Any] | No
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quickstart": quickstart, "distilled best": distilled_best},
+    "README.md": {"quickstart": partial(printed, "quickstart"), "distilled best": distilled_best},
     "docs/deployment.md": {"opsets": opsets, "matrix": matrix, "segmenters": segmenters, "peers": peers},
     "docs/methods.md": {"methods": methods, "semantic": semantic},
     "docs/recipes.md": {"options": options},
     "docs/results.md": {
         "cifar10": cifar10,
+        "detector 512": detector,
         "distilled engines": distilled_engines,
         "ghost": ghost,
+        "ghost engines": ghost_engines,
+        "ghost recipe": partial(printed, "ghost"),
         "h200": h200,
         "int8 width": width,
         "startup": startup,
