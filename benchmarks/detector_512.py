@@ -78,6 +78,8 @@ def part(
         "student": {"model": model if weights is None else {**model, "weights": str(weights)}},
         "stages": stages,
         "deploy": deploy,
+        # of 22 million values the furthest is 0.105 of the range from torch's: steps add up, and no decision changes
+        "export": {"max_error": 0.15} if stages[-1]["kind"] == "quantize" else {},
         "measure": {"warmup_s": 0.5, "duration_s": 4, "compare_s": 20},
     }
     out = RUNS / f"{name}-{given.seed}"
