@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from edgekd.models.deeplab import PUBLISHED, DeepLabV3Plus, deeplabv3plus, fine_channels
 from edgekd.models.pspnet import PSPNet, pspnet
 from edgekd.models.unet import DEEPEST, UNet, unet
+from edgekd.nn.shapes import shapes_only
 from edgekd.nn.slimmable import WIDTHS, checked_widths, make_slimmable, plain_state
 
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
@@ -138,7 +138,7 @@ def _slimmed(
     first = next(path for path, part in net.named_modules() if isinstance(part, nn.Conv2d))
     make_slimmable(net, shares, first=first, last="head", joined=joined)
     for share in shares[1:]:
-        with torch.device("meta"):
+        with shapes_only():
             narrow = SLIM[name].at_width(arguments, share)
             plain = SLIM[name].plain_build(num_classes=num_classes, in_channels=in_channels, **narrow).state_dict()
         for place, value in plain_state(net, share).items():

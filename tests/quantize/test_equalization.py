@@ -35,7 +35,7 @@ def test_the_float_function_stays(name):
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         expected, received = module(images), equalized(images)
-    assert found
+    assert found or name == "sk_unet"  # there every map has two readers, or is joined with another
     assert float((received - expected).abs().max() / expected.abs().max()) < 1e-5
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert equalized.state_dict().keys() == before.keys()
