@@ -3,15 +3,16 @@
 For each data set and seed a float model is trained once. From it start, with equal budgets: uniform bits (8, 6, 5, 4, 3); hybrid
 bits of the size that uniform 5 bits have (and 4, and 3); hybrid bits under the float twin with each method, and uniform 5 bits
 with ``ost``. Data of few images have more epochs, of many fewer. Values are those after the last epoch, mAP50, accuracy or mIoU
-on the test split, by the trained model itself. ``--engines`` builds and measures engines of what is trained: on a machine that
-does nothing else.
+on the test split, by the trained model itself. ``--engines`` trains anew where this machine has not, and builds and measures
+engines, into a file of its own: on a machine that does nothing else.
 
     EDGEKD_DATA=... python benchmarks/ghost.py [--data airbus bccd simd cifar10 camvid] [--seeds 3] [--epochs 40] [--qat-epochs 8]
     [--variant ...]
 
-Each run is an ordinary ``edgekd compress`` into runs/ghost/DATA-SEED, so what is finished is reused. Writes
-results/ghost_DATA.json after every variant: all values per seed, size, bit operations, gate rates, engines with raw samples; and
-per variant the mean difference from the float twin and from uniform 5 bits with a 95 % interval (Student's t over seeds).
+Each run is an ordinary ``edgekd compress`` into runs/ghost/DATA-SEED, so what is finished is reused. Writes after every variant
+results/ghost_DATA.json, or ghost_engines_DATA.json: all values per seed, size, bit operations, gate rates, engines with raw
+samples; and per variant the mean difference from the float twin and from uniform 5 bits with a 95 % interval (Student's t over
+seeds).
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def main() -> None:
 
 def restore(data: str, given: argparse.Namespace) -> None:
     """Put the values of the result file back where runs leave them: another machine then goes on with what is missing."""
-    path = RESULTS / f"ghost_{data}.json"
+    path = result(data, given)
     for value in json.loads(path.read_text())["values"] if path.is_file() else []:
         folder = place(data, value["seed"], value["variant"], given)
         budget = [stage["train"]["epochs"] for stage in value["recipe"]["stages"]]
@@ -131,10 +132,15 @@ def restore(data: str, given: argparse.Namespace) -> None:
             (folder / "value.json").write_text(json.dumps(value))
 
 
+def result(data: str, given: argparse.Namespace) -> Path:
+    """The result file: values of other machines' trainings are not mixed with engines of this one's."""
+    return RESULTS / f"ghost_{'engines_' if given.engines else ''}{data}.json"
+
+
 def place(data: str, seed: int, name: str, given: argparse.Namespace) -> Path:
     """The folder of one value."""
     slug = name.replace(" ", "_").replace("+", "and").replace(",", "")
-    return RUNS / "values" / f"{data}-{seed}-{slug}-{given.epochs}-{given.qat_epochs}"
+    return RUNS / ("engines" if given.engines else "values") / f"{data}-{seed}-{slug}-{given.epochs}-{given.qat_epochs}"
 
 
 def epochs(data: str, given: argparse.Namespace) -> list[int]:
@@ -152,9 +158,7 @@ def run(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: flo
     shared = RUNS / f"{data}-{seed}"
     folder = place(data, seed, name, given)
     if (folder / "value.json").is_file():
-        known = json.loads((folder / "value.json").read_text())
-        if known["engines"] or not given.engines:
-            return folder
+        return folder
     content = recipe(data, seed, name, given, size_mb)
     code = compress(content, folder / "recipe.yaml", shared, given.threads)
     if code not in (0, 1):  # 1: some engine failed or is slower, which the report says
@@ -219,7 +223,8 @@ def recipe(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: 
 def write(data: str, given: argparse.Namespace) -> None:
     """The result file, from all variants that are finished."""
     pattern = f"{data}-*-{given.epochs}-{given.qat_epochs}/value.json"
-    values = [json.loads(path.read_text()) for path in sorted((RUNS / "values").glob(pattern))]
+    folder = RUNS / ("engines" if given.engines else "values")
+    values = [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
     def of(variant: str | None) -> dict[int, float]:
         return {value["seed"]: value["value"] for value in values if value["variant"] == variant}
@@ -243,7 +248,7 @@ def write(data: str, given: argparse.Namespace) -> None:
                     [value["value"] - same[value["seed"]] for value in found if value["seed"] in (same := of(LIKE.get(name)))]
                 ),
             }
-    path = RESULTS / f"ghost_{data}.json"
+    path = result(data, given)
     path.write_text(json.dumps({"schema": 1, "data": data, "summary": summary, "values": values}).replace(f"{ROOT}/", ""))
     print(f"wrote {path.relative_to(ROOT)}: {len(values)} values")
 

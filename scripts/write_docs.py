@@ -213,7 +213,7 @@ def width() -> str:
 def ghost() -> str:
     """benchmarks/results/ghost_*.json, one table per data set."""
     parts = []
-    for path in sorted(RESULTS.glob("ghost_*.json")):
+    for path in sorted(path for path in RESULTS.glob("ghost_*.json") if not path.name.startswith("ghost_engines_")):
         found = json.loads(path.read_text())
         values, summary = found["values"], found["summary"]
         twins = {value["seed"]: value["float"] for value in values}

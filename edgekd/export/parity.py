@@ -19,6 +19,8 @@ from edgekd.tasks.base import Task
 BATCH = 64
 LOCAL_IMAGES = 8
 """On so many images a file that failed is compared module by module: all their activations are in memory at once."""
+NOISE = 1e-6
+"""Added to images to see how far a model's own outputs move: a share of their standard deviation, as float32's rounding is."""
 LOCAL_LIMIT = {"float32": 1e-3, "float16": 1e-2, "u8": 1e-3, "u7": 1e-3, "s8": 1e-3}
 """A module that is fed with torch's values is wrong where its error is larger. Integers get no more room than floats: with equal
 inputs they round alike, but for values within float32's rounding of the middle between two codes."""
@@ -282,9 +284,27 @@ def where_in_file(module: nn.Module, model: Any, images: Tensor, encoding: str) 
         largest = max(places, key=lambda place: place.error)
         return (
             f"; no layer is to blame: fed with torch's values, none of {len(places)} is off by more than {largest.error:.1e} of "
-            f"its norm ({largest.path}), so the differences add up over the layers"
+            f"its norm ({largest.path}), so the differences add up over the layers. The model itself does that too: noise of "
+            f"{NOISE:.0e} in its images moves its own outputs by {sensitivity(module, images):.1e} of their norm"
         )
     return f"; it goes wrong at {described(wrong)}, when fed with torch's values"
+
+
+def sensitivity(module: nn.Module, images: Tensor) -> float:
+    """How far noise of the size of float32's rounding moves a model's first output: a share of its norm.
+
+    Quantizers turn a change of any size, where a value lies at the edge between two codes, into a whole step. A model in which
+    that grows from layer to layer gives other outputs in every library that sums in another order.
+
+    Args:
+        module: In eval mode.
+        images: Normalised, float32 [B, C, H, W].
+    """
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * images.std() * NOISE
+    with torch.no_grad():
+        outputs = [module(given) for given in (images, images + noise)]
+    expected, moved = (value[0] if isinstance(value, tuple | list) else value for value in outputs)
+    return bisect.relative_error(expected.numpy(), moved.numpy())
 
 
 def described(place: bisect.Place) -> str:

@@ -34,11 +34,14 @@ class Observer:
         self.largest = 0.0
         """Not finite as soon as one value is not."""
         self._parts: list[Tensor] = []
+        self._peaks: list[Tensor] = []
         self._share = 1.0
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, values: Tensor) -> None:
-        """Look at one tensor."""
+        """Look at one tensor, [B, ...]."""
+        if values.ndim > 1:
+            self._peaks.append(values.detach().float().abs().flatten(1).amax(1).cpu())
         flat = values.detach().float().reshape(-1).cpu()
         self.largest = float(
             torch.maximum(torch.tensor(self.largest), flat.abs().amax())
@@ -49,6 +52,11 @@ class Observer:
         while sum(len(part) for part in self._parts) > SAMPLES:
             self._share /= 2
             self._parts = [part[: (len(part) + 1) // 2] for part in self._parts]  # in random order: any half is a sample
+
+    @property
+    def usual(self) -> float:
+        """What the largest magnitude of three in four images stays below; infinite where there are no images."""
+        return float(torch.cat(self._peaks).quantile(0.75)) if self._peaks else math.inf
 
     @property
     def samples(self) -> Tensor:

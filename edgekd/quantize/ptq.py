@@ -10,6 +10,7 @@ in every backend's encoding, a short training can go on from it, and the precisi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,9 @@ from edgekd.quantize import ladder, qat
 from edgekd.quantize.bias import IMAGES, correct_biases
 from edgekd.quantize.equalization import equalize
 from edgekd.quantize.ladder import FallbackConfig
-from edgekd.quantize.stage import calibration_batches, layers, prepare
+from edgekd.quantize.stage import calibration_batches, layers, prepare, warn_stretched
 from edgekd.train.checkpoint import Loaded
+from edgekd.train.loop import ignore
 from edgekd.train.stage import Context, Trained
 
 
@@ -52,7 +54,8 @@ def run(config: PtqConfig, source: Loaded, context: Context, *, title: str, work
     def make(skip: list[str]) -> Loaded:
         """The quantized model with these layers in float too."""
         quantizer = config.quantizer.model_copy(update={"skip": [*config.quantizer.skip, *skip]})
-        return quantize(quantizer, start, context, bias_correction=config.bias_correction)
+        heard = replace(context, warn=ignore) if skip else context  # else every rung of the ladder would say the same
+        return quantize(quantizer, start, heard, bias_correction=config.bias_correction)
 
     if config.fallback is None:
         loaded = make([])
@@ -64,7 +67,7 @@ def quantize(quantizer: qat.QuantizerConfig, source: Loaded, context: Context, *
     """The model with quantizers, calibrated and, where asked, with corrected biases."""
     loaded = prepare(quantizer, source)
     assert isinstance(loaded.module, fx.GraphModule)
-    qat.calibrate(loaded.module, calibration_batches(context.dataset))
+    warn_stretched(qat.calibrate(loaded.module, calibration_batches(context.dataset)), context)
     if bias_correction:
         correct_biases(loaded.module, source.module.eval(), list(calibration_batches(context.dataset, IMAGES)))
     loaded.module.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -21,6 +22,19 @@ from edgekd.quantize.placement import LAYERS, Placement, kept_in_float, trace
 
 Inputs = Tensor | tuple[Tensor, ...]
 """What a model takes: one tensor, or several."""
+STRETCHED = 8
+"""A range that ends beyond so many times what three in four images reach leaves these 32 of 256 codes."""
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """A tensor whose calibrated range is for few of the images."""
+
+    name: str
+    end: float
+    """Where the range ends: a magnitude."""
+    usual: float
+    """What three in four images stay below."""
 
 
 class QuantizerConfig(Config):
@@ -159,12 +173,15 @@ def _tensors(value: Any) -> list[Tensor]:
     return parts if all(isinstance(part, Tensor) for part in parts) else []
 
 
-def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> None:
+def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> list[Stretched]:
     """Set every quantizer's scale from the values that it sees in these images, which pass through the float model.
 
     Args:
         quantized: What :func:`prepare` gave; changed in place.
         batches: Normalised images, float32 [B, C, H, W] each; tuples where the model takes several inputs.
+
+    Returns:
+        The tensors whose range is for few of the images, the worst first.
 
     Raises:
         TrainingError: A tensor is not finite.
@@ -186,6 +203,7 @@ def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> None:
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
+    stretched = []
     for name, quantizer in quantizers.items():
         # Pixels have few values, and the background's bin may hold most of them: to clip all beyond it then costs little
         # divergence and much of the picture.
@@ -197,7 +215,10 @@ def calibrate(quantized: fx.GraphModule, batches: Iterable[Inputs]) -> None:
             )
         with torch.no_grad():
             quantizer.log_scale.fill_(scale).log_()
+        if 0 < observers[name].usual * STRETCHED < scale * quantizer.high:
+            stretched.append(Stretched(name, scale * quantizer.high, observers[name].usual))
     quantized.train(mode)
+    return sorted(stretched, key=lambda one: one.end / one.usual, reverse=True)
 
 
 def read_config(data: Mapping[str, Any]) -> AnyQuantizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -98,7 +98,7 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
         evidence["hybrid"] = hybrid.account(source.module, loaded.module, source.architecture.example())
         count = config.quantizer.recalibration_batches
         hybrid.recalibrate(loaded.module, recalibration_batches(context, config.train.batch_size, count))
-    qat.calibrate(loaded.module, calibration_batches(context.dataset))
+    warn_stretched(qat.calibrate(loaded.module, calibration_batches(context.dataset)), context)
     history = fit(
         loaded,
         config.train,
@@ -110,6 +110,18 @@ def run(config: QuantizeConfig, source: Loaded, context: Context, *, title: str,
         task_weight=config.task_weight,
     )
     return Trained(loaded, history, layers(loaded.module), evidence)
+
+
+def warn_stretched(found: Sequence[qat.Stretched], context: Context) -> None:
+    """Say that ranges are for few of the calibration images, and of what use that is not to the others."""
+    if not found:
+        return
+    worst = found[0]
+    context.warn(
+        f"calibration: the range of {worst.name!r} ends at {worst.end:.3g}, three in four images stay below {worst.usual:.3g} "
+        f"there: few of the codes are left for them. So it is at {len(found)} tensors. Look at what the float model says of "
+        "the calibration images that reach so far, or cut them off: quantizer: {calibration: percentile, percentile: 99}"
+    )
 
 
 def within_latency(

@@ -114,7 +114,23 @@ def test_the_error_names_the_layer_and_what_it_reads(file_of, twin):
 
 def test_where_no_layer_is_wrong_the_error_says_so(file_of, twin):
     module, model = file_of("resnet8", "float32")
-    assert "no layer is to blame" in parity.where_in_file(module, model, twin("resnet8").images[:8], "float32")
+    text = parity.where_in_file(module, model, twin("resnet8").images[:8], "float32")
+    assert "no layer is to blame" in text
+    assert "noise of 1e-06 in its images moves its own outputs by " in text
+
+
+class Staircase(nn.Module):
+    """Ten steps, each of which any change of its input may climb: what rounding does in a deep net, in one operation."""
+
+    def forward(self, x):
+        return (x * 1e7).round() % 10
+
+
+def test_a_model_that_enlarges_rounding_is_known_by_noise():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    assert parity.sensitivity(nn.Conv2d(3, 4, 3), images) < 3e-6
+    assert parity.sensitivity(Staircase(), images) > 0.3
 
 
 class Shared(nn.Module):

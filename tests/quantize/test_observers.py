@@ -57,6 +57,14 @@ def test_a_nonfinite_tensor_gives_no_usable_scale():
     assert not 0 < best_scale(seen(torch.tensor([1.0, float("inf")])), 0, 127) < float("inf")
 
 
+def test_what_three_in_four_images_stay_below():
+    peaks = torch.tensor([1.0, 2.0, 3.0, 4.0, 90.0])
+    images = torch.zeros(5, 2, 3)
+    images[:, 1, 2] = -peaks
+    assert seen(images[:2], images[2:]).usual == 4
+    assert seen(torch.ones(7)).usual == math.inf  # not of images
+
+
 def found(observer, calibration, high=127, percentile=99.9):
     return find_scale(observer, -128, high, calibration=calibration, percentile=percentile)
 

@@ -65,6 +65,25 @@ def test_ranges_are_those_of_the_calibration_split(context, tmp_path):
     assert float(quantizer.scale().detach()) * 127 == pytest.approx(float(images.abs().amax()))
 
 
+@pytest.mark.parametrize(("outliers", "percentile", "warned"), [(0, 99.99, False), (1, 99.99, True), (1, 80, False)])
+def test_a_range_that_is_for_few_images_is_told(context, tmp_path, outliers, percentile, warned):
+    source, said = loaded(), []
+    images = context.dataset.calib.images.copy()
+    images[outliers:] = 128 + (images[outliers:] - 128.0) / 20  # all but these have little contrast
+    heard = dataclasses.replace(
+        context,
+        dataset=dataclasses.replace(context.dataset, calib=dataclasses.replace(context.dataset.calib, images=images)),
+        warn=said.append,
+    )
+    config = PtqConfig(kind="ptq", quantizer={"calibration": "percentile", "percentile": percentile})
+    run(config, source, heard, title="ptq", work=tmp_path)
+    assert bool(said) == warned
+    if warned:
+        assert len(said) == 1
+        assert "calibration: the range of 'x' ends at " in said[0]
+        assert "percentile: 99" in said[0]
+
+
 def test_equalization_and_bias_correction_help_a_mobilenet(context, tmp_path):
     source = loaded("mobilenetv2")
     images = torch.cat(list(calibration_batches(context.dataset)))
