@@ -27,7 +27,7 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
     "slim_deeplabv3plus": {"backbone": "mobilenet_v2", "widths": [1, 0.5]},
     "mobile_unet": {},
     "fanet": {},
-    "sk_unet, width 16": {"width": 16},
+    "sk_unet, width 8": {"width": 8},
     "segformer_b0": {},
     "segformer_b1": {},
     "segformer_b2": {},
@@ -40,7 +40,7 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
 }
 """Name, with the trunk or width where it is not the usual one, -> arguments. Slimmable models have an engine for each width."""
 SIZE_PX = [128, 160]
-LONGER = {"sk_unet, width 16": 3}
+LONGER = {"sk_unet, width 8": 20}
 """Epochs of all images, where not one of a tenth: from a tenth this net learns activations that are a hundred times as large on
 images at dusk, and ranges that hold those leave the others a few codes."""
 TRAIN = {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "lr": 0.001}

@@ -589,7 +589,7 @@ def smoke(recipe: Recipe) -> Recipe:
 def _few_images(data: Any, whole: bool) -> Any:
     """A recipe's data section with a limit, where its kind has one; a good part of the few images keeps its labels.
 
-    Images with masks are small, too: networks for them take any size, and ``whole`` says that something else does not.
+    Images with masks or boxes are small, too: networks for them take any size, and ``whole`` says that something else does not.
     """
     update: dict[str, Any] = {}
     if "limit_per_class" in type(data).model_fields:
@@ -600,6 +600,8 @@ def _few_images(data: Any, whole: bool) -> Any:
         update["labelled"] = max(0.75, data.labelled)
         if not whole:
             update["size_px"] = tuple(min(side, SMOKE_PX) for side in data.size_px)
+    if isinstance(data, CocoConfig | YoloConfig):
+        update["size_px"] = min(data.size_px, SMOKE_PX)
     return data.model_copy(update=update)
 
 
