@@ -14,7 +14,7 @@ from typing import Any
 from edgekd.report import units, views, widths
 
 Report = dict[str, Any]
-COLORS = ("ink", "muted", "grid", "band", "teacher", "alone", "float", "int8", "term1", "term2", "term3", "term4")
+COLORS = ("ink", "muted", "grid", "band", "teacher", "alone", "float", "int8", "hybrid", "term1", "term2", "term3", "term4")
 """The names that the page's style sheet defines as ``--chart-NAME``."""
 SHOWN_SHARE = 0.995
 """The latency charts' axes reach this far into each distribution; the maximum is in the engine's facts."""
@@ -42,7 +42,7 @@ def color(role: str, precision: str) -> str:
         return "@teacher"
     if role == "student_alone":
         return "@alone"
-    return "@int8" if precision == "int8" else "@float"
+    return {"int8": "@int8", "hybrid": "@hybrid"}.get(precision, "@float")
 
 
 def text(value: object) -> str:

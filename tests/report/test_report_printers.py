@@ -253,6 +253,11 @@ def test_charts_draw_the_reports_numbers(full):
     assert (before["y"], kept["y"]) == ([16, 32, 64], [16, 24, 40])
 
 
+def test_a_float_model_its_integers_and_hybrid_bits_in_float_are_told_apart():
+    assert len({charts.color("student", precision) for precision in ("float32", "int8", "hybrid")}) == 3
+    assert charts.color("student", "float16") == charts.color("student", "float32")  # the same model
+
+
 def test_charts_leave_the_null_backend_out(writer):
     writer.cell("null", "float32", "student", middle_ms=0.001)
     assert all_charts(report.write(writer.save())) == []
