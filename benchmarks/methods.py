@@ -9,14 +9,15 @@ student and budget share the students alone. A student with several widths is he
 each narrower width against one of that width, trained alone for as long.
 
     EDGEKD_DATA=... python benchmarks/methods.py --method structured_kd [idd ...] [--seeds 3] [--threads 2]
-                                                 [--precision bf16-mixed] [--option holistic_weight=0 ...]
+                                                 [--precision bf16-mixed] [--option holistic_weight=0 ...] [--time]
 
-``--option`` gives the method another value than the recipe does; its result has a file and a row of its own.
+``--option`` gives the method another value than the recipe does; its result has a file and a row of its own. ``--time`` only
+measures the time of a step anew, of both students in turns, into a result file that is there: on a machine without other work.
 
 Each training is an ordinary ``edgekd compress`` in runs/methods, so what is finished is reused. After every seed it writes
 results/methods/METHOD.json: the stage; the teacher's value; for each seed both students' values and seconds per epoch; the mean
 gain with its 95 % interval (Student's t over seeds); and the time of a step relative to the student alone, the median over seeds,
-from the fastest epoch of each training, because other work may have shared the machine.
+or over the turns of ``--time``, from the fastest epoch of each training, because other work may have shared the machine.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from edgekd.models import ModelConfig
 
 RUNS = ROOT / "runs" / "methods"
 ALONE, WITH = "alone", "with the method"
+TURNS, TIMED_EPOCHS = 3, 2
 
 
 def main() -> None:
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the trainings")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="of all trainings")
     parser.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="of the method, in place of the recipe's")
+    parser.add_argument("--time", action="store_true", help="measure the time of a step, and nothing else")
     given = parser.parse_args()
     options = {key: YAML(typ="safe").load(value) for key, _, value in (option.partition("=") for option in given.option)}
     for method in given.method:
@@ -59,6 +62,9 @@ def main() -> None:
         distilling(recipe)[-1]["method"] |= options
         name = ", ".join([method, *given.option])
         known = restore(name, recipe)
+        if given.time:
+            write(name, path, recipe, known, given.threads, turns(recipe, given.threads))
+            continue
         for seed in range(given.seeds):
             if seed not in known:
                 known[seed] = run(recipe, seed, given.threads)
@@ -179,6 +185,28 @@ def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     return {"seed": seed, "teacher": value, **students}
 
 
+def turns(recipe: dict[str, Any], threads: int) -> list[dict[str, float]]:
+    """Seconds of an epoch of as many steps, of the student alone and with the method, in turns."""
+    found = []
+    for turn in range(TURNS):
+        content, _ = taught(recipe, turn, None)
+        short = {"epochs": TIMED_EPOCHS, "warmup_epochs": 0}
+        content["stages"] = [{**stage, "train": stage["train"] | short} for stage in content["stages"]]
+        if "teacher" in recipe:  # what it has learned makes no step longer
+            given = recipe["teacher"]
+            content["teacher"] = {**given, "train": {**given["train"], "epochs": 1, "warmup_epochs": 0}}
+        train = content["stages"][-1]["train"]
+        alone = {key: value for key, value in content.items() if key != "teacher"}
+        alone |= {"stages": [{"kind": "finetune", "train": train}], "student": ordinary(recipe["student"])}
+        out = RUNS / f"time-{identity(recipe)}-{turn}"
+        seconds = {
+            name: figures(trained(one, out, threads)["student"])["seconds_per_epoch"]
+            for name, one in ((ALONE, alone), (WITH, content))
+        }
+        found.append(seconds | {WITH: seconds[WITH] / longer(recipe)})
+    return found
+
+
 def trained(content: dict[str, Any], out: Path, threads: int) -> dict[str, Artifact]:
     """Role -> the last checkpoint of a run; of a student with several widths its last training, and each narrower width."""
     code = compress(content, out / f"{digest(content)}.json", out, threads)
@@ -227,8 +255,17 @@ def identity(recipe: dict[str, Any]) -> str:
     return digest(protocol(recipe), recipe.get("teacher"), distilling(recipe)[-1], *own)
 
 
-def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[str, Any]], threads: int) -> None:
-    """The result file."""
+def write(
+    name: str,
+    path: Path,
+    recipe: dict[str, Any],
+    values: dict[int, dict[str, Any]],
+    threads: int,
+    timed: list[dict[str, float]] | None = None,
+) -> None:
+    """The result file; the turns of ``--time`` stay in it where none are given."""
+    file = RESULTS / "methods" / f"{name.replace(', ', '-')}.json"
+    timed = timed or (json.loads(file.read_text()).get("turns") if file.is_file() else None)
     rows = [values[seed] for seed in sorted(values)]
     gains = [row[WITH]["value"] - row[ALONE]["value"] for row in rows]
     task = recipe["task"]["kind"]
@@ -250,11 +287,12 @@ def write(name: str, path: Path, recipe: dict[str, Any], values: dict[int, dict[
             width: interval([row["widths"][width][WITH] - row["widths"][width][ALONE] for row in rows])
             for width in rows[0].get("widths", {})
         },
-        "relative_step_time": statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows)
-        / longer(recipe),
+        "relative_step_time": statistics.median(turn[WITH] / turn[ALONE] for turn in timed)
+        if timed
+        else statistics.median(row[WITH]["seconds_per_epoch"] / row[ALONE]["seconds_per_epoch"] for row in rows) / longer(recipe),
+        "turns": timed,
         "values": rows,
     }
-    file = RESULTS / "methods" / f"{name.replace(', ', '-')}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1).replace(f"{ROOT}/", ""))
     gain = result["gain"]
