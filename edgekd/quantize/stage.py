@@ -119,8 +119,8 @@ def warn_stretched(found: Sequence[qat.Stretched], context: Context) -> None:
     worst = found[0]
     context.warn(
         f"calibration: the range of {worst.name!r} ends at {worst.end:.3g}, three in four images stay below {worst.usual:.3g} "
-        f"there: few of the codes are left for them. So it is at {len(found)} tensors. Look at what the float model says of "
-        "the calibration images that reach so far, or cut them off: quantizer: {calibration: percentile, percentile: 99}"
+        f"there: few of the codes are left for them. So it is at {len(found)} tensors. Look at what the float model says of the "
+        "calibration images that reach so far, or cut them off: calibration: percentile, percentile: 99 in the stage's quantizer"
     )
 
 

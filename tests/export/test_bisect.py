@@ -110,6 +110,7 @@ def test_the_error_names_the_layer_and_what_it_reads(file_of, twin):
     assert "it goes wrong at stage2.0.conv1 (tensor " in text
     assert "off by 5.0e-01 of its norm" in text or "off by 4." in text or "off by 6." in text
     assert "what it reads is right: stage1.0.relu2 " in text
+    assert "The model itself" not in text
 
 
 def test_where_no_layer_is_wrong_the_error_says_so(file_of, twin):
@@ -131,6 +132,15 @@ def test_a_model_that_enlarges_rounding_is_known_by_noise():
     images = torch.randn(4, 3, 8, 8)
     assert parity.sensitivity(nn.Conv2d(3, 4, 3), images) < 3e-6
     assert parity.sensitivity(Staircase(), images) > 0.3
+
+
+def test_a_layer_of_such_a_model_is_blamed_with_doubt(file_of, twin, monkeypatch):
+    module, model = file_of("resnet8", "float32")
+    broken = sabotage(model, "stage2.0.conv1.weight", lambda array: array * 1.5)
+    monkeypatch.setattr(parity, "sensitivity", lambda *_: 0.33)
+    text = parity.where_in_file(module, broken, twin("resnet8").images[:8], "float32")
+    assert "it goes wrong at stage2.0.conv1 (tensor " in text
+    assert "perhaps no layer is wrong. The model itself: noise of 1e-06 in its images moves its own outputs by 3.3e-01" in text
 
 
 class Shared(nn.Module):
