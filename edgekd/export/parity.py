@@ -294,7 +294,8 @@ def where_in_file(module: nn.Module, model: Any, images: Tensor, encoding: str) 
 
 
 def _own(moved: float) -> str:
-    return f"The model itself: noise of {NOISE:.0e} in its images moves its own outputs by {moved:.1e} of their norm"
+    advice = ": train it for longer, or on with quantizers" if moved > SENSITIVE else ""
+    return f"The model itself: noise of {NOISE:.0e} in its images moves its own outputs by {moved:.1e} of their norm{advice}"
 
 
 def sensitivity(module: nn.Module, images: Tensor) -> float:
