@@ -42,12 +42,13 @@ SEGMENTERS: dict[str, dict[str, Any]] = {
 SIZE_PX = [128, 160]
 LONGER = {"sk_unet, width 8": 20, "slim_deeplabv3plus": 8}
 """Epochs of all images, where not one of a tenth: after that these nets enlarge what rounding changes."""
-TRAINED = {
-    "sk_unet, width 8": {"kind": "quantize", "quantizer": {"kind": "int8", "calibration": "percentile", "percentile": 99}}
-    | {"train": {"epochs": 5, "batch_size": 4, "optimizer": "adamw", "lr": 0.0003}}
+SHORT = {"epochs": 5, "batch_size": 4, "optimizer": "adamw", "lr": 0.0003}
+TRAINED: dict[str, dict[str, Any]] = {
+    "sk_unet, width 8": {"quantizer": {"kind": "int8", "calibration": "percentile", "percentile": 99}, "train": SHORT},
+    "slim_deeplabv3plus": {"train": SHORT},
 }
-"""The last stage, where not ptq: on some images this net's last product grows a thousandfold, and ranges that hold these leave
-the others a few codes; they are cut and trained here."""
+"""Stage quantize in place of ptq. On some images sk_unet's last product grows a thousandfold; ranges that hold these leave the
+others a few codes: they are cut."""
 TRAIN = {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "lr": 0.001}
 
 
@@ -72,7 +73,10 @@ def recipe(name: str) -> dict[str, Any]:
     """The run's recipe as data."""
     saliency = name == "scfnet"
     train = {**TRAIN, "epochs": LONGER.get(name, 1)}
-    stages: list[dict[str, Any]] = [{"kind": "finetune", "train": train}, TRAINED.get(name, {"kind": "ptq"})]
+    stages: list[dict[str, Any]] = [
+        {"kind": "finetune", "train": train},
+        {"kind": "quantize", **TRAINED[name]} if name in TRAINED else {"kind": "ptq"},
+    ]
     if name.startswith("slim_"):  # its widths are trained together
         stages[0] = {"kind": "distill", "method": {"name": "slimseg"}, "train": train}
     return {
