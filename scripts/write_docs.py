@@ -604,6 +604,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "ghost": ghost,
         "ghost engines": ghost_engines,
         "ghost recipe": partial(printed, "ghost"),
+        "camvid recipe": partial(printed, "camvid"),
         "h200": h200,
         "int8 width": width,
         "startup": startup,
