@@ -106,8 +106,8 @@ class Limits:
     max_changed: float
     """Largest share of decisions; one image always may."""
     outliers: float = 0.0
-    """Share of the values of an output that is a map, [N, C, H, W], that may differ by more than max_error: of a hundred thousand
-    pixels, one always lies on the edge of something that a single step moves."""
+    """Share of the values of an output that is a map, [N, C, H, W], or boxes to choose from, [N, M, 5 + K], that may differ by
+    more than max_error: of a hundred thousand pixels, one always lies on the edge of something that a single step moves."""
 
 
 def check(
@@ -181,7 +181,7 @@ def _compare(
     place = np.unravel_index(int(np.where(np.isnan(difference), np.inf, difference).argmax()), one.shape)
     changed = 0.0 if task is None else task.changed(expected, received)
     counts = float(difference.max())
-    if outliers and one.ndim == 4 and np.isfinite(counts):
+    if outliers and one.ndim > 2 and np.isfinite(counts):
         counts = float(np.quantile(difference, 1 - outliers))
     finite = [float(value) if np.isfinite(value) else None for value in (one[place], other[place])]
     return OutputParity(

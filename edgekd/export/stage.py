@@ -29,7 +29,7 @@ MAX_CHANGED = {"float32": 0.001, "float16": 0.02, "bf16": 0.05, "u8": 0.05, "u7"
 """Allowed by default. On integers a value on the edge between two codes may round either way, and the difference adds up; the
 more the fewer codes there are ("few": some layer has less than 8 bits)."""
 FLOATS, OUTLIERS = ("float32", "float16"), 1e-3
-"""Precisions in which every value of a map counts; in all others, all but one in a thousand do."""
+"""Precisions in which every value of a map, or of boxes to choose from, counts; in all others, all but one in a thousand do."""
 PRECISIONS = {"hybrid": "float32"}
 """What a file in an encoding runs in, where that has another name."""
 RANGE_IMAGES = 64

@@ -98,6 +98,8 @@ def test_of_a_map_some_values_may_lie_on_the_edge():
     assert found.max_error == 0
     assert found.worst.received == -1, "it is told all the same"
     assert parity._compare("logits", expected, maps, None).max_error == 2, "in floats every value counts"
+    boxes = [values.reshape(4, -1, 5) for values in (expected, maps)]
+    assert parity._compare("predictions", *boxes, None, outliers=1e-3).max_error == 0, "boxes to choose from are like pixels"
     maps[0, 0, 0, :11] = -1
     assert parity._compare("logits", expected, maps, None, outliers=1e-3).max_error == 2
     flat = parity._compare("logits", expected.reshape(4, -1), maps.reshape(4, -1), None, outliers=1e-3)
