@@ -19,9 +19,10 @@ from edgekd.tasks.base import Task
 BATCH = 64
 LOCAL_IMAGES = 8
 """On so many images a file that failed is compared module by module: all their activations are in memory at once."""
-NOISE = 1e-6
-"""Added to images to see how far a model's own outputs move: a share of their standard deviation, as float32's rounding is."""
-SENSITIVE = 0.01
+NOISE = 1e-4
+"""Added to images to see how far a model's own outputs move: a share of their standard deviation, far below one of 256 codes, and
+enough for some pixels to round the other way."""
+SENSITIVE = 0.05
 """A model whose outputs such noise moves further, as a share of their norm, may differ from its file without fault of either."""
 LOCAL_LIMIT = {"float32": 1e-3, "float16": 1e-2, "u8": 1e-3, "u7": 1e-3, "s8": 1e-3}
 """A module that is fed with torch's values is wrong where its error is larger. Integers get no more room than floats: with equal
@@ -299,7 +300,7 @@ def _own(moved: float) -> str:
 
 
 def sensitivity(module: nn.Module, images: Tensor) -> float:
-    """How far noise of the size of float32's rounding moves a model's first output: a share of its norm.
+    """How far noise that no one would see moves a model's first output: a share of its norm.
 
     Quantizers turn a change of any size, where a value lies at the edge between two codes, into a whole step. A model in which
     that grows from layer to layer gives other outputs in every library that sums in another order.

@@ -117,20 +117,20 @@ def test_where_no_layer_is_wrong_the_error_says_so(file_of, twin):
     module, model = file_of("resnet8", "float32")
     text = parity.where_in_file(module, model, twin("resnet8").images[:8], "float32")
     assert "no layer is to blame" in text
-    assert "noise of 1e-06 in its images moves its own outputs by " in text
+    assert "noise of 1e-04 in its images moves its own outputs by " in text
 
 
 class Staircase(nn.Module):
     """Ten steps, each of which any change of its input may climb: what rounding does in a deep net, in one operation."""
 
     def forward(self, x):
-        return (x * 1e7).round() % 10
+        return (x * 1e5).round() % 10
 
 
 def test_a_model_that_enlarges_rounding_is_known_by_noise():
     torch.manual_seed(0)
     images = torch.randn(4, 3, 8, 8)
-    assert parity.sensitivity(nn.Conv2d(3, 4, 3), images) < 3e-6
+    assert 1e-6 < parity.sensitivity(nn.Conv2d(3, 4, 3), images) < 1e-3
     assert parity.sensitivity(Staircase(), images) > 0.3
 
 
@@ -140,7 +140,7 @@ def test_a_layer_of_such_a_model_is_blamed_with_doubt(file_of, twin, monkeypatch
     monkeypatch.setattr(parity, "sensitivity", lambda *_: 0.33)
     text = parity.where_in_file(module, broken, twin("resnet8").images[:8], "float32")
     assert "it goes wrong at stage2.0.conv1 (tensor " in text
-    assert "perhaps no layer is wrong. The model itself: noise of 1e-06 in its images moves its own outputs by 3.3e-01" in text
+    assert "perhaps no layer is wrong. The model itself: noise of 1e-04 in its images moves its own outputs by 3.3e-01" in text
     assert text.endswith("of their norm: train it for longer, or on with quantizers")
 
 
