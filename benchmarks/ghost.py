@@ -137,10 +137,15 @@ def result(data: str, given: argparse.Namespace) -> Path:
     return RESULTS / f"ghost_{'engines_' if given.engines else ''}{data}.json"
 
 
+def finished(given: argparse.Namespace) -> Path:
+    """The folder of all values that go into one kind of result file."""
+    return RUNS / ("engines" if given.engines else "values")
+
+
 def place(data: str, seed: int, name: str, given: argparse.Namespace) -> Path:
     """The folder of one value."""
     slug = name.replace(" ", "_").replace("+", "and").replace(",", "")
-    return RUNS / ("engines" if given.engines else "values") / f"{data}-{seed}-{slug}-{given.epochs}-{given.qat_epochs}"
+    return finished(given) / f"{data}-{seed}-{slug}-{given.epochs}-{given.qat_epochs}"
 
 
 def epochs(data: str, given: argparse.Namespace) -> list[int]:
@@ -223,8 +228,7 @@ def recipe(data: str, seed: int, name: str, given: argparse.Namespace, size_mb: 
 def write(data: str, given: argparse.Namespace) -> None:
     """The result file, from all variants that are finished."""
     pattern = f"{data}-*-{given.epochs}-{given.qat_epochs}/value.json"
-    folder = RUNS / ("engines" if given.engines else "values")
-    values = [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+    values = [json.loads(path.read_text()) for path in sorted(finished(given).glob(pattern))]
 
     def of(variant: str | None) -> dict[int, float]:
         return {value["seed"]: value["value"] for value in values if value["variant"] == variant}

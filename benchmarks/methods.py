@@ -163,12 +163,17 @@ def taught(recipe: dict[str, Any], seed: int, master: Artifact | None) -> tuple[
     return content, RUNS / f"students-{protocol(recipe)}-{seed}"
 
 
+def without_method(content: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recipe of the student alone, from that of the student with the method."""
+    alone = {key: value for key, value in content.items() if key != "teacher"}
+    return alone | {"stages": stages, "student": ordinary(content["student"])}
+
+
 def run(recipe: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
     """Both students of one seed: values on the test split, seconds of the fastest epoch."""
     master = teacher(recipe, threads) if "teacher" in recipe else None
     content, out = taught(recipe, seed, master)
-    alone = {key: value for key, value in content.items() if key != "teacher"} | {"stages": stages_alone(recipe)}
-    alone["student"] = ordinary(recipe["student"])
+    alone = without_method(content, stages_alone(recipe))
     found = trained(content, out, threads)
     students = {
         ALONE: known_alone(recipe, seed) or figures(trained(alone, out, threads)["student"]),
@@ -195,9 +200,7 @@ def turns(recipe: dict[str, Any], threads: int) -> list[dict[str, float]]:
         if "teacher" in recipe:  # what it has learned makes no step longer
             given = recipe["teacher"]
             content["teacher"] = {**given, "train": {**given["train"], "epochs": 1, "warmup_epochs": 0}}
-        train = content["stages"][-1]["train"]
-        alone = {key: value for key, value in content.items() if key != "teacher"}
-        alone |= {"stages": [{"kind": "finetune", "train": train}], "student": ordinary(recipe["student"])}
+        alone = without_method(content, [{"kind": "finetune", "train": content["stages"][-1]["train"]}])
         out = RUNS / f"time-{identity(recipe)}-{turn}"
         seconds = {
             name: figures(trained(one, out, threads)["student"])["seconds_per_epoch"]

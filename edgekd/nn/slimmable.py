@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.errors import RecipeError
+from edgekd.nn.shapes import shapes_only
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 """The published ones, the widest first."""
@@ -165,7 +166,7 @@ def _slim_conv(
     conv: nn.Conv2d, path: str, widths: Sequence[float], first: bool, last: bool, joined: Sequence[int] | None
 ) -> SlimConv2d:
     depthwise = conv.groups > 1
-    with torch.device("meta"):  # its first values would be drawn in vain
+    with shapes_only():  # its first values would be drawn in vain
         slim = SlimConv2d(
             joined or [conv.in_channels],
             conv.out_channels,
